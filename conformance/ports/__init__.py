@@ -1,0 +1,1 @@
+"""Ports that ship with the suite."""

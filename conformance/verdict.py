@@ -1,0 +1,129 @@
+"""What the run found: one outcome per clause, port and layer, and the verdict that follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from conformance.spec import Clause, Kind, clauses
+
+Status = Literal["pass", "fail", "skip", "not-provided"]
+# Over the two layers the gravest status is the clause's.
+_GRAVITY: Sequence[Status] = ("fail", "pass", "skip", "not-provided")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One clause asked of one layer of one port.
+
+    `worst_ratio` is the largest observed error / bound; `message` says what was wrong, or why the
+    clause was not asked; `reproduce` is the command line that shows it again.
+    """
+
+    port: str
+    clause: str
+    kind: Kind
+    status: Status
+    examples: int = 0
+    compared: int = 0
+    worst_ratio: float = 0.0
+    message: str = ""
+    reproduce: str = ""
+
+    def as_properties(self) -> list[tuple[str, object]]:
+        """For pytest's `user_properties`: they reach JUnit files and other processes."""
+        return list(asdict(self).items())
+
+    @classmethod
+    def from_properties(cls, properties: Iterable[tuple[str, Any]]) -> Outcome | None:
+        """Read back what `as_properties` wrote; None where a report carries no outcome."""
+        found = {k: v for k, v in properties if k in cls.__dataclass_fields__}
+        return cls(**found) if "clause" in found else None
+
+
+@dataclass(frozen=True)
+class ClauseVerdict:
+    """One clause, one port, both layers."""
+
+    clause: Clause
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def status(self) -> Status:
+        return min((o.status for o in self.outcomes), key=_GRAVITY.index)
+
+    @property
+    def worst_ratio(self) -> float:
+        return max((o.worst_ratio for o in self.outcomes), default=0.0)
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        return tuple(o for o in self.outcomes if o.status == "fail")
+
+
+@dataclass
+class PortVerdict:
+    """All that was asked of one port."""
+
+    name: str
+    version: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def clauses(self) -> tuple[ClauseVerdict, ...]:
+        """The clauses that were asked, in the order of SPEC.md."""
+        return tuple(
+            ClauseVerdict(clause, asked)
+            for clause in clauses().values()
+            if (asked := tuple(o for o in self.outcomes if o.clause == clause.id))
+        )
+
+    @property
+    def ran(self) -> bool:
+        """Whether anything was decided: a port that was never asked has not conformed."""
+        return any(c.status in ("pass", "fail") for c in self.clauses)
+
+    @property
+    def passed(self) -> bool:
+        """Every MUST clause that was asked holds, and at least one was decided."""
+        return self.ran and not any(
+            c.status == "fail" and c.clause.level == "MUST" for c in self.clauses
+        )
+
+    def count(self, status: Status, level: str | None = None) -> int:
+        return sum(
+            c.status == status and (level is None or c.clause.level == level) for c in self.clauses
+        )
+
+
+def as_json(ports: Sequence[PortVerdict], suite: dict[str, Any]) -> dict[str, Any]:
+    """The report of DESIGN section 3: the suite's settings, then every port's clauses."""
+    return {
+        "suite": suite,
+        "ports": [
+            {
+                "name": port.name,
+                "version": port.version,
+                "clauses": [_clause_json(c) for c in port.clauses],
+                "passed": port.passed,
+            }
+            for port in ports
+        ],
+    }
+
+
+def _clause_json(verdict: ClauseVerdict) -> dict[str, Any]:
+    shown = verdict.failures or verdict.outcomes
+    return {
+        "id": verdict.clause.id,
+        "level": verdict.clause.level,
+        "status": verdict.status,
+        "examples": sum(o.examples for o in verdict.outcomes),
+        # JSON has no infinity: null stands for an error where none is allowed.
+        "worst_ratio": verdict.worst_ratio if math.isfinite(verdict.worst_ratio) else None,
+        "message": "\n".join(dict.fromkeys(o.message for o in shown if o.message)),
+        "reproduce": next((o.reproduce for o in shown if o.reproduce), ""),
+        "layers": {o.kind: o.status for o in verdict.outcomes},
+    }

@@ -1,0 +1,110 @@
+"""The adapter's arithmetic: one pure function of tensors, and its derivative.
+
+    y = base + x @ (A * E * c).T @ B.T          c = scaling / (ranknum + 1e-5)
+
+`E` and `c` are folded into the small `Q = A * (E * c)`, in fp32, so that nothing as large as `x` or
+`y` is written beside `y` itself: one `addmm` adds the product to `base`, out of place. Folding also
+keeps fp16 in range: the update is never held before it has been divided by `ranknum`.
+
+For the backward pass only `x`, which its producer keeps anyway, and the small fp32 factors are
+saved. `h = x @ Q.T` is computed again rather than kept in half precision, and the gradients of `Q`
+and `B` are products of fp32 factors accumulated and returned in fp32, whatever the dtype of `x`:
+half-precision products would give them to 5e-4, these give them to 4e-7.
+
+Every step is an ordinary differentiable operation, so a second derivative is right as well.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsvd._products import expand, times, wide_blocks
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def add_adapter(base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor) -> Tensor:
+    """`base + x @ (A * E * c).T @ B.T`, in the dtype of `base`.
+
+    Args:
+        base: (..., out), any floating dtype; it is read, never written.
+        x: (..., in), any floating dtype.
+        A: (r, in), fp32.
+        E: (r, 1), fp32.
+        B: (out, r), fp32.
+        c: (1,), fp32: scaling / (ranknum + 1e-5).
+
+    Returns:
+        (..., out), a new tensor in `base`'s dtype. With r = 0 it is `base` itself.
+    """
+    if A.shape[0] == 0:
+        return base
+    Q = A * (E * c)  # rank, in
+    with _without_autocast(x.device):
+        y: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
+            _rows(base), _rows(x), Q, B
+        )
+    # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
+    return y.reshape(base.shape)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """`y = base + x @ Q.T @ B.T`; base and y (n, out), x (n, in), Q (r, in), B (out, r)."""
+
+    @staticmethod
+    def forward(base: Tensor, x: Tensor, Q: Tensor, B: Tensor) -> Tensor:
+        if torch.float16 in (x.dtype, base.dtype):  # in fp32: x @ Q.T may leave fp16's range
+            h = torch.cat([times(Q, block.T) for (block,) in wide_blocks(x)], dim=1)  # rank, n
+        else:
+            h = Q.to(x.dtype) @ x.T  # rank, n
+        return expand(h, B.T, base.dtype, onto=base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, Q, B = inputs
+        trained = any(ctx.needs_input_grad[2:])
+        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(x if trained else None, Q, B)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, Q, B = ctx.saved_tensors
+        needs_base, needs_x, needs_Q, needs_B = ctx.needs_input_grad
+        trained = needs_Q or needs_B
+        # Contiguous: B.T as it is would be read at half the speed.
+        BT = B.T.contiguous()
+        rows = (dy, x) if trained else (dy,)
+        P: list[Tensor] = []
+        dx = dQ = dBT = None
+        with _without_autocast(dy.device):
+            for dy_i, *x_i in wide_blocks(*rows):
+                if needs_x or needs_Q:
+                    P.append(times(BT, dy_i.T))  # rank, block
+                if needs_Q:
+                    dQ = _sum(dQ, times(P[-1], x_i[0]))  # rank, in
+                if needs_B:
+                    h_i = times(Q, x_i[0].T)  # rank, block
+                    dBT = _sum(dBT, times(h_i, dy_i))  # rank, out
+            if needs_x:
+                dx = expand(torch.cat(P, dim=1), Q, ctx.x_dtype)  # n, in
+        return dy if needs_base else None, dx, dQ, None if dBT is None else dBT.T
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., k) as (n, k); a leading dimension of size 0 gives n = 0."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _sum(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Dtypes are chosen product by product here; autocast would round every factor to half."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

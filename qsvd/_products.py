@@ -1,0 +1,137 @@
+"""Products of a skinny fp32 factor with a large tensor of any dtype, accumulated in fp32.
+
+Where the large tensor is in half precision there is a way for each kind of device:
+
+- CUDA multiplies half by half and accumulates in fp32 (`out_dtype`, torch 2.8). The skinny factor
+  is split into a sum of half-precision pieces, stacked along the rank, which costs next to nothing
+  beside reading the data.
+- Elsewhere the data is widened to fp32 some rows at a time, so that no wide copy of it ever exists
+  and what follows reads it from the cache. (fp16 products on a CPU are a hundred times slower.)
+
+The skinny factor comes first because a BLAS is up to eight times faster at (r, n) by (n, k) than at
+the transpose of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# 4 MiB of fp32. Between 1 and 4 MiB the backward pass was fastest, at widths 1024 and 4096.
+_BLOCK_ELEMENTS = 2**20
+# How many half-precision pieces hold fp32's 24 bits: 3 of 8 bits; 2 of 11 bits leave 2^-22.
+_PIECES = {torch.bfloat16: 3, torch.float16: 2}
+
+
+def wide_blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matrices (n, k), (n, l), ... some rows at a time, in dtypes that `times` takes.
+
+    There is at least one block, so that n = 0 has a result too.
+    """
+    if all(_multiplies_into_fp32(t) for t in rows):
+        yield rows
+        return
+    for at in _steps(rows[0].shape[0], max(t.shape[1] for t in rows)):
+        yield tuple(t[at] if t.dtype == torch.float64 else t[at].to(torch.float32) for t in rows)
+
+
+def times(S: Tensor, data: Tensor) -> Tensor:
+    """`S @ data`, fp32 (r, m) by (m, k) to (r, k), in fp32; in fp64 if either is."""
+    if data.dtype in _PIECES:
+        return _split_product(S, data)
+    wide = torch.promote_types(S.dtype, data.dtype)
+    return S.to(wide) @ data.to(wide)
+
+
+def expand(S: Tensor, R: Tensor, dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
+    """`S.T @ R`, plus `onto` if given, (r, n) by (r, k) to (n, k), in `dtype`.
+
+    `onto` has `dtype` and is not written. In fp16 no factor is rounded out of range: where the
+    result is finite, so is everything that leads to it.
+    """
+    if dtype != torch.float16:
+        return _expand(S.to(dtype), R.to(dtype), onto)
+    S, R = S.float(), R.float()
+    if _on_cuda(S):
+        return _expand(*_fitted_to_fp16(S, R), onto)
+    result = S.new_empty(S.shape[1], R.shape[1], dtype=dtype)
+    for at in _steps(*result.shape):
+        result[at] = _expand(S[:, at], R, None if onto is None else onto[at].float())
+    return result
+
+
+def _expand(S: Tensor, R: Tensor, onto: Tensor | None) -> Tensor:
+    return S.T @ R if onto is None else torch.addmm(onto, S.T, R)
+
+
+def _steps(n: int, width: int) -> Iterator[slice]:
+    """n rows of a matrix of some width in blocks; one empty block for n = 0."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, max(1, n), step):
+        yield slice(start, start + step)
+
+
+def _multiplies_into_fp32(data: Tensor) -> bool:
+    """Whether data can be multiplied as it is: on CUDA, halves by `mm(..., out_dtype=...)`."""
+    has_out_dtype = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+    return _on_cuda(data) and (data.dtype not in _PIECES or has_out_dtype)
+
+
+def _on_cuda(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+def _mm_half_into_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` for half-precision a (m, k) and b (k, n), accumulated and returned in fp32. CUDA."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _split_product(S: Tensor, data: Tensor) -> Tensor:
+    """`S @ data` for fp32 S (r, m) and half-precision data (m, k), to about fp32 accuracy.
+
+    S = 2^e * (S_0 + S_1 + ...) with S_i in half precision, each the rounded remainder of the ones
+    before. In fp16, where range is scarce, e brings every row's largest element just below 2^15.
+    """
+    pieces = _PIECES[data.dtype]
+    exponent = _row_exponent(S) - 15 if data.dtype == torch.float16 else None
+    rest = S if exponent is None else S * _power_of_two(-exponent)
+    halves = []
+    for _ in range(pieces):
+        halves.append(rest.to(data.dtype))
+        rest = rest - halves[-1].float()
+    product = _mm_half_into_fp32(torch.cat(halves), data)
+    total = product.view(pieces, S.shape[0], data.shape[1]).sum(0)
+    return total if exponent is None else total * _power_of_two(exponent)
+
+
+def _fitted_to_fp16(S: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """fp16 factors (2r, n) and (2r, k) whose product is that of fp32 S (r, n) and R (r, k).
+
+    Each rank is rescaled by an exact power of two so that R's largest element lies in [1/2, 1).
+    Then an element of S is as large as the largest term that it enters, so it underflows only where
+    its terms do, and overflows only where one of them does. Such terms may still cancel, or miss
+    the columns where R is small: elements of S above 2^15 go to a second set of r ranks, scaled by
+    2^-15 there and by 2^15 in R. That covers terms up to 2^30, beyond which an fp32 sum that ends
+    inside fp16's range has lost its digits. Each row of the result depends on its own column of S
+    alone, so rows do not disturb each other.
+    """
+    exponent = _row_exponent(R)
+    R = R * _power_of_two(-exponent)
+    S = S * _power_of_two(exponent)
+    large = S.abs() > 2.0**15
+    S = torch.cat([S.masked_fill(large, 0.0), (S * 2.0**-15).masked_fill(~large, 0.0)])
+    return S.half(), torch.cat([R, R * 2.0**15]).half()
+
+
+def _row_exponent(S: Tensor) -> Tensor:
+    """e (r, 1), int32, with 2^(e-1) <= max|row| < 2^e, where 2^e and 2^-e are normal fp32."""
+    if S.shape[1] == 0:
+        return S.new_zeros(S.shape[0], 1, dtype=torch.int32)
+    return torch.frexp(S.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 110)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, fp32, written into the exponent's bits: `pow` is not exact on every device."""
+    return ((exponent + 127) << 23).view(torch.float32)

@@ -1,0 +1,184 @@
+"""The scripts of docs/defects still show their defect, and stop showing it when it is repaired.
+
+Run as a program, this file is its own runner: it executes the scripts in one process and prints
+JSON, because importing torch, bitsandbytes and PEFT once costs seconds and fifty times minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import re
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+DEFECTS = Path(__file__).resolve().parents[2] / "docs" / "defects"
+SCRIPTS = sorted(path.stem for path in DEFECTS.glob("*.py"))
+PINNED = {"torch": "2.13.0", "bitsandbytes": "0.50.2", "peft": "0.21.2"}
+CONFIRMED, NOT_REPRODUCED, NOT_APPLICABLE = 0, 1, 2
+CRASHED = -1
+
+Outcome = tuple[int, str]  # exit code, output
+
+
+def execute(script: str) -> Outcome:
+    """Run one script in this process; a script that raises is `CRASHED`, with its traceback."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_path(str(DEFECTS / f"{script}.py"), run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0), output.getvalue()
+        except Exception:
+            traceback.print_exc()
+            return CRASHED, output.getvalue()
+    return CRASHED, output.getvalue() + "the script ended without an exit code"
+
+
+def refuse_merges() -> contextlib.AbstractContextManager[object]:
+    """PEFT's layers explain why they do not merge."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("the base is quantised; keep the adapter beside it")
+
+    return mock.patch.multiple(BaseTunerLayer, merge=refuse, unmerge=refuse)
+
+
+def keep_the_base_dtype() -> contextlib.AbstractContextManager[object]:
+    """SVDLinear8bitLt returns its base layer's dtype."""
+    from peft.tuners.adalora.bnb import SVDLinear8bitLt
+
+    forward = SVDLinear8bitLt.forward
+
+    def cast(self: Any, x: Any) -> Any:
+        return forward(self, x).to(self.base_layer(x).dtype)
+
+    return mock.patch.object(SVDLinear8bitLt, "forward", cast)
+
+
+def keep_adapters_fp32() -> contextlib.AbstractContextManager[object]:
+    """Adapter parameters are not cast to the base layer's compute_dtype."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    method = "_move_adapter_to_device_of_base_layer"
+    return mock.patch.object(BaseTunerLayer, method, lambda self, name: None)
+
+
+def never_repack() -> contextlib.AbstractContextManager[object]:
+    """Linear4bit keeps its weight as it is in eval mode."""
+    import bitsandbytes.nn.modules
+
+    return mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+
+
+Repair = Callable[[], contextlib.AbstractContextManager[object]]
+REPAIRS: dict[Repair, list[str]] = {
+    refuse_merges: ["peft_merge_refuses_without_a_message"],
+    keep_the_base_dtype: ["peft_8bit_returns_float32_for_half_inputs"],
+    keep_adapters_fp32: [
+        "peft_4bit_adapter_order_changes_the_result",
+        "peft_4bit_adapter_parameters_take_compute_dtype",
+        "peft_4bit_later_adapter_takes_the_first_inputs_dtype",
+        "peft_4bit_ranknum_becomes_trainable",
+    ],
+    never_repack: [
+        "bitsandbytes_packed_eval_computes_in_bfloat16",
+        "bitsandbytes_packed_eval_dequantizes_to_garbage",
+        "bitsandbytes_packed_eval_loses_the_gradient",
+        "bitsandbytes_packed_eval_misreads_transposed_inputs",
+        "bitsandbytes_packed_eval_wants_multiples",
+        "bitsandbytes_packed_state_dict_is_corrupted",
+        "peft_4bit_one_eval_forward_kills_later_training",
+        "peft_4bit_state_dict_is_corrupted_after_eval",
+    ],
+}
+REPAIRED = [(repair.__name__, script) for repair, scripts in REPAIRS.items() for script in scripts]
+
+
+def main() -> None:
+    """Print {"as installed": {script: outcome}, repair: {script: outcome}, ...} as JSON."""
+    outcomes = {"as installed": {script: execute(script) for script in SCRIPTS}}
+    for repair, scripts in REPAIRS.items():
+        with repair():
+            outcomes[repair.__name__] = {script: execute(script) for script in scripts}
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
+
+
+import pytest  # noqa: E402  the runner above needs no test framework
+
+
+def installed() -> dict[str, str]:
+    """Versions that are here of what is pinned, without a local part such as `+cpu`."""
+    versions = {}
+    for package in PINNED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package).partition("+")[0]
+    return versions
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, dict[str, Outcome]]]:
+    """What every script did, as installed and under each repair, from one process."""
+    if installed() != PINNED:
+        pytest.skip(f"the list was made with {PINNED}, here is {installed()}")
+    command = [sys.executable, __file__]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    yield json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_defect_is_present(outcomes: dict[str, dict[str, Outcome]], script: str) -> None:
+    """
+    Each script still sees its defect, or says that this CPU cannot show it.
+    """
+    code, output = outcomes["as installed"][script]
+
+    assert code in (CONFIRMED, NOT_APPLICABLE), output
+    assert ("REPRODUCED" in output.split("\n")) == (code == CONFIRMED), output
+
+
+@pytest.mark.parametrize(("repair", "script"), REPAIRED)
+def test_a_repaired_library_is_not_blamed(
+    outcomes: dict[str, dict[str, Outcome]], repair: str, script: str
+) -> None:
+    """
+    A script reports NOT REPRODUCED once the library is patched.
+    """
+    code, output = outcomes[repair][script]
+
+    assert code in (NOT_REPRODUCED, NOT_APPLICABLE), output
+    assert code == NOT_APPLICABLE or "\nNOT REPRODUCED\n" in output, output
+
+
+def test_the_table_lists_every_script_once() -> None:
+    """
+    README.md has one row for each script, and no row for a script that does not exist.
+    """
+    rows = re.findall(r"^\|.*\]\((\w+)\.py\)", (DEFECTS / "README.md").read_text(), re.MULTILINE)
+
+    assert sorted(rows) == SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_stands_alone(script: str) -> None:
+    """
+    A script imports the libraries it accuses, and nothing of this repository.
+    """
+    source = (DEFECTS / f"{script}.py").read_text()
+
+    assert not re.search(r"^\s*(from|import) (qsvd|reference|conformance|tests)\b", source, re.M)

@@ -1,0 +1,129 @@
+"""Layers to test with, and what they must compute, in float64 with a bound for every element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+import qsvd
+
+Kind = Literal["4bit", "8bit"]
+KINDS: tuple[Kind, ...] = ("4bit", "8bit")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+U32 = 2.0**-24
+UNIT_ROUNDOFF = {torch.float32: U32, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Half the spacing of the subnormal numbers: what one rounding can lose however small the value.
+UNDERFLOW = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-25}
+
+
+def unquantised_base(kind: Kind, n_in: int = 64, n_out: int = 32, **options: Any) -> nn.Module:
+    """A bitsandbytes layer with random weights that has not been moved, so not been quantised."""
+    if kind == "4bit":
+        return Linear4bit(n_in, n_out, **{"quant_type": "nf4", **options})
+    return Linear8bitLt(n_in, n_out, has_fp16_weights=False, **options)
+
+
+def base_layer(kind: Kind, n_in: int = 64, n_out: int = 32, **options: Any) -> nn.Module:
+    """A quantised bitsandbytes layer on the CPU, nf4 double quantised or int8, with a bias."""
+    return unquantised_base(kind, n_in, n_out, **options).to("cpu")
+
+
+def layer(kind: Kind, r: int = 4, *, base: nn.Module | None = None, **options: Any) -> qsvd.SVDLayer:
+    """A layer whose adapter `default` is as it was created: the identity."""
+    base = base_layer(kind) if base is None else base
+    return qsvd.layer_for(base)(base, "default", r=r, **options)
+
+
+def randomised(layer: qsvd.SVDLayer) -> qsvd.SVDLayer:
+    """The layer with every adapter's A, E and B drawn from N(0, 1)."""
+    for parameters in (layer.lora_A, layer.lora_E, layer.lora_B):
+        for parameter in parameters.values():
+            nn.init.normal_(parameter)
+    return layer
+
+
+@dataclass
+class Expected:
+    """The contract in float64 given the base layer's output and gradient, and how far off is right.
+
+    Every stored value in the input's dtype costs one roundoff u of that dtype: Q = A * E * c, h and
+    B are rounded once each on the way to y, and y once. A sum of n products in fp32 costs
+    g(n) = n u32 / (1 - n u32) of the sum of the magnitudes. c, E * c and Q cost 5 roundoffs of fp32.
+    """
+
+    y: Tensor
+    y_bound: Tensor
+    dx: Tensor
+    dx_bound: Tensor
+    gradients: dict[str, tuple[Tensor, Tensor]]
+
+
+def expected(
+    layer: qsvd.SVDLayer, x: Tensor, dy: Tensor, name: str = "default", wide: bool = True
+) -> Expected:
+    """What one forward and backward must give for x (n, in) and dy (n, out).
+
+    `wide` asks for parameter gradients accurate to fp32 whatever the dtype of x.
+    """
+    leaf = x.detach().clone().requires_grad_(True)
+    y0 = layer.base_layer(leaf)
+    y0.backward(dy.to(y0.dtype))
+    u, tiny = UNIT_ROUNDOFF[x.dtype], UNDERFLOW[x.dtype]
+    A, E, B = (p[name].detach().double() for p in (layer.lora_A, layer.lora_E, layer.lora_B))
+    c = layer.scaling[name] / (layer.ranknum[name].double() + 1e-5)
+    X, G, Y0, DX0 = x.double(), dy.double(), y0.detach().double(), leaf.grad.double()
+    Q, r = A * E * c, A.shape[0]
+    g_in, g_out, g_r, g_n = (_g(n) for n in (X.shape[1], G.shape[1], r, X.shape[0]))
+
+    y = Y0 + X @ Q.T @ B.T
+    products = X.abs() @ Q.abs().T @ B.abs().T
+    # 1.02 for products of the roundoffs, of which the largest is 4 * 2^-8 squared.
+    y_bound = 1.02 * ((3 * u + 7 * U32 + g_in + g_r) * products + u * y.abs() + U32 * Y0.abs())
+    y_bound += tiny * (2 + B.abs().sum(1) + X.abs().sum(1, keepdim=True) * B.abs().sum())
+
+    P = G @ B
+    dx = DX0 + P @ Q
+    products = G.abs() @ B.abs() @ Q.abs()
+    dx_bound = 1.02 * ((3 * u + 7 * U32 + g_out + g_r) * products + u * (P @ Q).abs())
+    dx_bound += u * dx.abs() + tiny * (2 + Q.abs().sum(0) + P.abs().sum(1, keepdim=True))
+
+    v = U32 if wide else u
+    h_abs, P_abs = X.abs() @ Q.abs().T, G.abs() @ B.abs()
+    dQ, dQ_abs = P.T @ X, P_abs.T @ X.abs()
+    dQ_bound = (g_out + g_n + 8 * v) * dQ_abs
+    dB_bound = (g_in + g_n + 8 * v) * (G.abs().T @ h_abs)
+    return Expected(
+        y=y,
+        y_bound=y_bound,
+        dx=dx,
+        dx_bound=dx_bound,
+        gradients={
+            "lora_A": (dQ * E * c, dQ_bound * (E * c).abs() + UNDERFLOW[torch.float32]),
+            "lora_E": (
+                (dQ * A).sum(1, keepdim=True) * c,
+                ((dQ_bound + (g_in + 4 * U32) * dQ_abs) * A.abs()).sum(1, keepdim=True) * c
+                + UNDERFLOW[torch.float32],
+            ),
+            "lora_B": (G.T @ (X @ Q.T), dB_bound + UNDERFLOW[torch.float32]),
+        },
+    )
+
+
+def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:
+    """Every element of `got` within its bound; NaN never is."""
+    error = (got.detach().double() - want).abs()
+    worst = (error / bound).max() if error.numel() else torch.tensor(0.0)
+    assert bool((error <= bound).all()), f"error is up to {float(worst):.3g} times its bound"
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bit pattern of a floating tensor, to compare -0.0 and NaN too."""
+    return t.detach().contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def _g(n: int) -> float:
+    return n * U32 / (1 - n * U32)

@@ -1,0 +1,257 @@
+"""y = base(x) + the active adapters' updates: its values, its dtype, its shape, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import AdaLoraConfig
+from peft.tuners.adalora import bnb as peft_layers
+from torch import Tensor
+
+from tests.qsvd.build import (
+    DTYPES,
+    KINDS,
+    assert_within,
+    base_layer,
+    bits,
+    expected,
+    layer,
+    randomised,
+)
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_output_is_the_contract_within_its_rounding_errors(kind, dtype):
+    adapted = randomised(layer(kind, r=5, lora_alpha=3))
+    x, dy = torch.randn(37, 64, dtype=dtype), torch.randn(37, 32, dtype=dtype)
+    want = expected(adapted, x, dy)
+
+    assert_within(adapted(x), want.y, want.y_bound)
+
+
+def test_in_fp32_it_agrees_with_peft(kind):
+    base = base_layer(kind)
+    peft_class = {"4bit": peft_layers.SVDLinear4bit, "8bit": peft_layers.SVDLinear8bitLt}[kind]
+    config = AdaLoraConfig(total_step=10, lora_dropout=0.0)
+    theirs = peft_class(base, "default", config, r=5, lora_alpha=3)
+    ours = randomised(layer(kind, r=5, lora_alpha=3, base=base))
+    x, dy = torch.randn(7, 64), torch.zeros(7, 32)
+    want = expected(ours, x, dy)
+    adapter = {k: v for k, v in ours.state_dict().items() if not k.startswith("base_layer")}
+    missing = theirs.load_state_dict(adapter, strict=False)
+
+    assert not missing.unexpected_keys
+    # Both are within the bound of the truth, so within twice the bound of each other.
+    assert_within(ours(x), theirs(x).double(), 2 * want.y_bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_new_adapter_leaves_every_bit_of_the_base_output(kind, dtype, training):
+    adapted = layer(kind).train(training)
+    x = torch.randn(9, 64, dtype=dtype)
+
+    assert torch.equal(bits(adapted(x)), bits(adapted.base_layer(x)))
+
+
+def test_rank_zero_leaves_every_bit_of_the_base_output(kind):
+    adapted = layer(kind, r=0)
+    x = torch.randn(9, 64)
+
+    assert torch.equal(bits(adapted(x)), bits(adapted.base_layer(x)))
+
+
+def test_disabled_adapters_leave_every_bit_of_the_base_output(kind):
+    adapted = randomised(layer(kind))
+    x = torch.randn(9, 64)
+    before = adapted(x)
+    adapted.enable_adapters(False)
+
+    assert torch.equal(bits(adapted(x)), bits(adapted.base_layer(x)))
+    adapted.enable_adapters(True)
+    assert torch.equal(adapted(x), before)
+
+
+def test_no_active_adapter_leaves_every_bit_of_the_base_output(kind):
+    adapted = randomised(layer(kind))
+    adapted.set_adapter([])
+    x = torch.randn(9, 64)
+
+    assert torch.equal(bits(adapted(x)), bits(adapted.base_layer(x)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_output_has_the_base_outputs_dtype(kind, dtype):
+    adapted = randomised(layer(kind))
+    x = torch.randn(3, 64, dtype=dtype)
+
+    assert adapted(x).dtype == adapted.base_layer(x).dtype == dtype
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_it_returns_what_the_base_layer_returns_there(
+    kind, dtype, autocast, training
+):
+    adapted = randomised(layer(kind)).train(training)
+    x = torch.randn(3, 64, dtype=dtype)
+
+    with torch.autocast("cpu", dtype=autocast):
+        assert adapted(x).dtype == adapted.base_layer(x).dtype
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_what_is_added_to_an_fp32_output(kind):
+    adapted = randomised(layer(kind)).eval()
+    x = torch.randn(3, 64)
+    plain = adapted(x) - adapted.base_layer(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = adapted.base_layer(x)
+        assert base.dtype == torch.float32
+        # Both updates were rounded with, and freed from, a base output: 4 roundings of their sum.
+        atol = 4 * 2.0**-24 * float(plain.abs().max() + base.abs().max())
+        torch.testing.assert_close(adapted(x) - base, plain, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 2, 3, 64), (2, 1, 2, 3, 64)])
+@pytest.mark.parametrize("training", [True, False])
+def test_any_number_of_leading_dimensions_gives_the_flattened_values(kind, shape, training):
+    adapted = randomised(layer(kind)).train(training)
+    x = torch.randn(shape)
+    flat = adapted(x.reshape(-1, 64))
+    size = float(flat.abs().max())
+
+    assert adapted(x).shape == (*shape[:-1], 32)
+    # Kernels for one and for several rows sum in different orders: 64 + 4 terms of fp32.
+    torch.testing.assert_close(adapted(x).reshape(-1, 32), flat, rtol=0, atol=68 * 2**-20 * size)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (0, 2, 3, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(kind, shape, dtype, training):
+    adapted = randomised(layer(kind)).train(training)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = adapted(x)
+    y.sum().backward()
+
+    assert y.shape == (*shape[:-1], 32)
+    assert x.grad.shape == shape
+    assert all(not p["default"].grad.any() for p in (adapted.lora_A, adapted.lora_E, adapted.lora_B))
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("view", [_transposed, _strided])
+def test_a_non_contiguous_input_gives_what_its_copy_gives(kind, view):
+    adapted = randomised(layer(kind))
+    x = torch.randn(3, 5, 64)
+
+    assert not view(x).is_contiguous()
+    torch.testing.assert_close(adapted(view(x)), adapted(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_row_reaches_no_other_row(kind, dtype, poison):
+    adapted = randomised(layer(kind))
+    x = torch.randn(5, 64, dtype=dtype)
+    clean = adapted(x)
+    x[2, 3] = poison
+    keep = [0, 1, 3, 4]
+
+    assert torch.equal(adapted(x)[keep], clean[keep])
+    assert not adapted(x)[2].isfinite().all()
+
+
+def test_neither_the_input_nor_the_base_output_is_written(kind):
+    adapted = randomised(layer(kind))
+    kept: list[Tensor] = []
+    adapted.base_layer.register_forward_hook(lambda *call: kept.extend([call[2], call[2].clone()]))
+    x = torch.randn(5, 64)
+    before = x.clone()
+    adapted(x)
+
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(x, before)
+
+
+def test_a_finite_fp16_result_stays_finite(kind):
+    """
+    x @ A.T is 65536 and the update before the division by ranknum 2^17: both leave fp16's range.
+    """
+    base = base_layer(kind, bias=False)
+    adapted = layer(kind, r=8, lora_alpha=1, base=base)
+    with torch.no_grad():
+        for p in (adapted.lora_A, adapted.lora_E, adapted.lora_B):
+            p["default"].zero_()
+        adapted.lora_A["default"][0] = 1024.0
+        adapted.lora_E["default"][0] = 1.0
+        adapted.lora_B["default"][:, 0] = 2.0
+    x = torch.ones(2, 64, dtype=torch.float16)
+    update = adapted(x).double() - base(x).double()
+
+    # Rounded twice (y and base) at 2^14 < |y| < 2^15, where fp16's numbers are 16 apart.
+    torch.testing.assert_close(update, torch.full_like(update, 2**17 / (8 + 1e-5)), rtol=0, atol=16)
+
+
+def test_two_adapters_add_up_and_both_see_x_as_it_was_given(kind):
+    adapted = layer(kind, r=3, lora_alpha=3)
+    adapted.update_layer("other", 5, lora_alpha=7)
+    randomised(adapted)
+    x, dy = torch.randn(6, 64, dtype=torch.bfloat16), torch.zeros(6, 32, dtype=torch.bfloat16)
+    one, two = expected(adapted, x, dy), expected(adapted, x, dy, "other")
+    base = adapted.base_layer(x).double()
+    adapted.set_adapter(["default", "other"])
+
+    # Between the two additions the sum is rounded once more, to bf16.
+    bound = one.y_bound + two.y_bound + 2.0**-8 * one.y.abs()
+    assert_within(adapted(x), one.y + two.y - base, bound)
+    bound = one.y_bound + two.y_bound + 2.0**-8 * two.y.abs()
+    adapted.set_adapter(["other", "default"])
+    assert_within(adapted(x), one.y + two.y - base, bound)
+
+
+@pytest.mark.parametrize("shape", [(63,), (3, 65), ()])
+def test_an_input_of_the_wrong_width_is_refused_before_the_base_layer_runs(kind, shape):
+    adapted = layer(kind)
+    adapted.base_layer.register_forward_hook(lambda *_: pytest.fail("the base layer ran"))
+
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 64\)"):
+        adapted(torch.ones(shape))
+
+
+def test_dropout_is_for_the_adapter_alone_and_for_training_alone(kind):
+    adapted = randomised(layer(kind, lora_dropout=0.5))
+    x = torch.randn(4, 64)
+    seen: list[Tensor] = []
+    adapted.base_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    assert not torch.equal(adapted(x), adapted(x))
+    assert all(torch.equal(s, x) for s in seen)
+    adapted.eval()
+    assert torch.equal(adapted(x), adapted(x))
+
+
+def test_the_scale_is_read_at_every_forward(kind):
+    adapted = randomised(layer(kind, r=4))
+    x = torch.randn(3, 64)
+    base, once = adapted.base_layer(x), adapted(x)
+    adapted.scaling["default"] *= 2
+    twice = adapted(x)
+    with torch.no_grad():
+        adapted.ranknum["default"].mul_(2).add_(1e-5)
+
+    size = 8 * 2.0**-24 * float(twice.abs().max() + base.abs().max())  # eight roundings of y's size
+    torch.testing.assert_close(twice - base, 2 * (once - base), rtol=0, atol=2 * size)
+    torch.testing.assert_close(adapted(x), once, rtol=0, atol=size)

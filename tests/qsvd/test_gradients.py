@@ -1,0 +1,241 @@
+"""Gradients: right, in fp32, with nothing computed or kept that is not needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from qsvd._arithmetic import add_adapter
+from tests.qsvd.build import DTYPES, KINDS, assert_within, expected, layer, randomised
+
+PARAMETERS = ("lora_A", "lora_E", "lora_B")
+
+
+def gradients(adapted, x, dy, name="default"):
+    """dx and the parameters' gradients of one forward and backward."""
+    adapted.zero_grad()
+    x = x.detach().clone().requires_grad_(True)
+    adapted(x).backward(dy)
+    return x.grad, {p: getattr(adapted, p)[name].grad.clone() for p in PARAMETERS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 37, 1100])
+def test_every_gradient_is_right_and_the_parameters_to_fp32_accuracy(kind, dtype, rows, monkeypatch):
+    """
+    The parameters' bounds are fp32's whatever the dtype of x. Blocks are of 16 rows, so that there
+    are many; 1100 half-precision terms summed in half precision would be far outside.
+    """
+    monkeypatch.setattr("qsvd._products._BLOCK_ELEMENTS", 16 * 64)
+    adapted = randomised(layer(kind, r=5, lora_alpha=3))
+    x, dy = torch.randn(rows, 64).to(dtype), torch.randn(rows, 32).to(dtype)
+    want = expected(adapted, x, dy)
+    dx, found = gradients(adapted, x, dy)
+
+    assert dx.dtype == dtype
+    assert_within(dx, want.dx, want.dx_bound)
+    for name in PARAMETERS:
+        assert found[name].dtype == torch.float32
+        assert_within(found[name], *want.gradients[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_has_a_gradient_in_its_singular_values_alone(kind):
+    _, found = gradients(layer(kind), torch.randn(7, 64), torch.randn(7, 32))
+
+    assert not found["lora_A"].any()
+    assert not found["lora_B"].any()
+    assert found["lora_E"].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_singular_value_keeps_its_own_gradient_only(kind):
+    adapted = randomised(layer(kind))
+    with torch.no_grad():
+        adapted.lora_E["default"][2] = 0.0
+    _, found = gradients(adapted, torch.randn(7, 64), torch.randn(7, 32))
+
+    assert not found["lora_A"][2].any()
+    assert not found["lora_B"][:, 2].any()
+    assert found["lora_E"].all()
+
+
+def test_first_and_second_derivatives_match_finite_differences():
+    base, x = torch.randn(3, 4).double(), torch.randn(3, 6).double()
+    A, E, B = torch.randn(2, 6).double(), torch.randn(2, 1).double(), torch.randn(4, 2).double()
+    inputs = [t.requires_grad_(True) for t in (base, x, A, E, B)]
+    c = torch.tensor([0.7], dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(lambda *t: add_adapter(*t, c), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: add_adapter(*t, c), inputs)
+
+
+@pytest.mark.parametrize("frozen", [(), *[(p,) for p in PARAMETERS], PARAMETERS])
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs(frozen):
+    adapted = randomised(layer("4bit"))
+    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    dx, want = gradients(adapted, x, dy)
+    adapted.zero_grad()
+    for name in frozen:
+        getattr(adapted, name)["default"].requires_grad_(False)
+    x = x.requires_grad_(True)
+    adapted(x).backward(dy)
+
+    assert torch.equal(x.grad, dx)
+    for name in PARAMETERS:
+        found = getattr(adapted, name)["default"].grad
+        assert found is None if name in frozen else torch.equal(found, want[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_without_gradient_still_trains_the_adapter(kind):
+    adapted = randomised(layer(kind))
+    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    _, want = gradients(adapted, x, dy)
+    adapted.zero_grad()
+    adapted(x).backward(dy)
+
+    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+
+
+def test_without_grad_mode_the_output_requires_none():
+    adapted = randomised(layer("4bit"))
+
+    with torch.no_grad():
+        assert not adapted(torch.randn(3, 64)).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_keeps_the_input_and_nothing_else_of_its_size(dtype):
+    n = 4096
+    base, x = torch.randn(n, 32).to(dtype), torch.randn(n, 64).to(dtype).requires_grad_(True)
+    A, E, B = (torch.randn(s, requires_grad=True) for s in ((4, 64), (4, 1), (32, 4)))
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        add_adapter(base, x, A, E, B, torch.ones(1))
+    beside_x = sum(size for at, size in kept.items() if at != x.untyped_storage().data_ptr())
+    parameters = 4 * (A.numel() + E.numel() + B.numel())
+
+    # A, E, B, and the products E * c and A * E * c.
+    assert beside_x <= 2 * parameters
+
+
+def test_a_frozen_adapter_does_not_keep_the_input():
+    x = torch.randn(512, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        add_adapter(torch.randn(512, 32), x, torch.ones(4, 64), torch.ones(4, 1), torch.ones(32, 4),
+                    torch.ones(1))  # fmt: skip
+
+    assert x.shape not in kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_may_be_written_in_place(kind):
+    adapted = randomised(layer(kind))
+    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    dx, want = gradients(adapted, x, dy)
+    adapted.zero_grad()
+    x = x.requires_grad_(True)
+    y = adapted(x)
+    y.mul_(1.0).add_(1.0)
+    y.backward(dy)
+
+    assert torch.equal(x.grad, dx)
+    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(kind, reentrant):
+    adapted = randomised(layer(kind, lora_dropout=0.3))
+    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    torch.manual_seed(5)
+    dx, want = gradients(adapted, x, dy)
+    torch.manual_seed(5)
+    x = x.requires_grad_(True)
+    adapted.zero_grad()
+    checkpoint(adapted, x, use_reentrant=reentrant).backward(dy)
+
+    assert torch.equal(x.grad, dx)
+    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_without_graph_breaks_it_gives_the_same_bits(kind, dtype):
+    adapted = randomised(layer(kind))
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 32).to(dtype)
+    dx, want = gradients(adapted, x, dy)
+    adapted.zero_grad()
+    x = x.requires_grad_(True)
+    compiled(x).backward(dy)
+
+    assert torch.equal(x.grad, dx)
+    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_call_uses_the_parameters_it_is_given(kind):
+    adapted = randomised(layer(kind))
+    x = torch.randn(3, 64)
+    other = {"lora_E.default": torch.zeros(4, 1)}
+
+    assert torch.equal(torch.func.functional_call(adapted, other, (x,)), adapted.base_layer(x))
+
+
+def test_torch_func_differentiates_through_the_adapter():
+    adapted = randomised(layer("4bit"))
+    x = torch.randn(3, 64)
+    E = adapted.lora_E["default"].detach().clone()
+
+    def loss(E):
+        return torch.func.functional_call(adapted, {"lora_E.default": E}, (x,)).sum()
+
+    _, want = gradients(adapted, x, torch.ones(3, 32))
+    torch.testing.assert_close(torch.func.grad(loss)(E), want["lora_E"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_uses_the_mask_of_its_forward_in_backward(kind):
+    """
+    With a zero base weight the adapter alone passes a gradient, and only where x was kept.
+    """
+    adapted = randomised(layer(kind, lora_dropout=0.5))
+    x = torch.ones(6, 64, requires_grad=True)
+    torch.manual_seed(5)
+    kept = torch.nn.functional.dropout(torch.ones(6, 64), 0.5) != 0
+    torch.manual_seed(5)
+    y = adapted(x)
+    base = adapted.base_layer(x)
+    update = torch.autograd.grad((y - base).sum(), x)[0]
+
+    # y - base passes dy and -dy to the base layer, whose two gradients cancel exactly.
+    assert torch.equal(update != 0, kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backward_inside_autocast_has_the_bits_of_one_outside(kind, dtype):
+    adapted = randomised(layer(kind))
+    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    found = []
+    for inside in (True, False):
+        adapted.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            y = adapted(x)
+            if inside:
+                y.backward(dy.to(y.dtype))
+        if not inside:
+            y.backward(dy.to(y.dtype))
+        found.append([getattr(adapted, p)["default"].grad.clone() for p in PARAMETERS])
+
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,0 +1,120 @@
+"""The products behind the arithmetic, and the way they take on CUDA, with its one kernel emulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qsvd._products as products
+from tests.qsvd.build import U32, UNIT_ROUNDOFF, assert_within, expected, layer, randomised
+
+HALVES = (torch.bfloat16, torch.float16)
+# What a split into half-precision pieces leaves of S, relative to a row's largest element.
+SPLIT = {torch.bfloat16: 2.0**-24, torch.float16: 2.0**-22}
+
+
+@pytest.fixture
+def cuda_way(monkeypatch):
+    """The code path of CUDA tensors on the CPU: `mm(half, half, out_dtype=float32)` is emulated."""
+
+    def mm(a, b):
+        assert a.dtype == b.dtype
+        assert a.dtype in HALVES
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(products, "_on_cuda", lambda t: True)
+    monkeypatch.setattr(products, "_mm_half_into_fp32", mm)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+def test_a_split_product_is_accurate_to_fp32_at_every_scale(cuda_way, dtype, scale):
+    S = torch.randn(3, 50) * scale * torch.tensor([[1.0], [1e-4], [1e4]])
+    data = torch.randn(50, 20).to(dtype)
+    want = S.double() @ data.double()
+    magnitude = S.abs().amax(dim=1, keepdim=True).double() * data.double().abs().sum(0)
+
+    # The split, and a sum of 50 products in each of up to three pieces.
+    assert_within(products.times(S, data), want, (SPLIT[dtype] + 53 * U32) * magnitude)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_split_product_of_nothing_is_zero(cuda_way, dtype):
+    found = products.times(torch.ones(3, 0), torch.ones(0, 5, dtype=dtype))
+
+    assert torch.equal(found, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_on_cuda_the_layer_is_within_the_same_bounds(cuda_way, dtype, rows):
+    adapted = randomised(layer("4bit", r=5, lora_alpha=3))
+    x, dy = torch.randn(rows, 64).to(dtype), torch.randn(rows, 32).to(dtype)
+    want = expected(adapted, x, dy)
+    leaf = x.clone().requires_grad_(True)
+    y = adapted(leaf)
+    y.backward(dy)
+
+    assert_within(y, want.y, want.y_bound)
+    assert_within(leaf.grad, want.dx, want.dx_bound)
+    for name, (value, bound) in want.gradients.items():
+        # 2^-22 of the largest element beside fp32's roundoff of each: four times the bound, as the
+        # largest element of a normal row is about four times the mean.
+        assert_within(getattr(adapted, name)["default"].grad, value, 8 * bound)
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_fp16_factors_out_of_range_give_a_result_in_range(way, request):
+    """
+    Terms far above 65504 meet columns where R is tiny, or cancel: the results are finite.
+    """
+    if way == "cuda":
+        request.getfixturevalue("cuda_way")
+    S = torch.tensor([[2.0**20, -(2.0**-8)], [2.0**20, 0.0]])  # rank, n
+    R = torch.tensor([[1.0, 2.0**-12, 1.0], [0.0, 0.0, -1.0]])  # rank, k
+    onto = torch.tensor([[0.0, 1.0, 3.0], [0.0, 1.0, 3.0]], dtype=torch.float16)
+    found = products.expand(S, R, torch.float16, onto=onto)
+    want = torch.tensor([[float("inf"), 257.0, 3.0], [-(2.0**-8), 1.0, 3.0 - 2.0**-8]])
+
+    assert torch.equal(found, want.half())
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_fp16_rows_do_not_disturb_each_other(way, request):
+    if way == "cuda":
+        request.getfixturevalue("cuda_way")
+    S, R = torch.randn(3, 5), torch.randn(3, 7)
+    alone = products.expand(S, R, torch.float16)
+    S[1, 2] = float("nan")
+    S[0, 3] = 2.0**40
+    found = products.expand(S, R, torch.float16)
+
+    assert torch.equal(found[[0, 1, 4]], alone[[0, 1, 4]])
+    assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**-10, 1.0, 2.0**10])
+def test_fp16_expansion_is_accurate_at_every_split_of_the_scale(cuda_way, scale):
+    S, R = torch.randn(3, 5) * scale, torch.randn(3, 7) / scale
+    want = S.T.double() @ R.double()
+    u = UNIT_ROUNDOFF[torch.float16]
+    bound = 2.1 * u * (S.T.abs() @ R.abs()).double() + u * want.abs() + 4 * 2.0**-25
+
+    assert_within(products.expand(S, R, torch.float16), want, bound)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 8])
+def test_blocks_cover_every_row_once(monkeypatch, n):
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)
+    x, y = torch.randn(n, 4).bfloat16(), torch.randn(n, 6).bfloat16()
+    blocks = list(products.wide_blocks(x, y))
+
+    assert torch.equal(torch.cat([b[0] for b in blocks]), x.float())
+    assert torch.equal(torch.cat([b[1] for b in blocks]), y.float())
+    assert all(len(b[0]) <= 2 for b in blocks)
+
+
+def test_powers_of_two_are_exact():
+    exponent = torch.arange(-125, 128, dtype=torch.int32)
+
+    assert products._power_of_two(exponent).tolist() == [2.0**e for e in range(-125, 128)]
