@@ -86,11 +86,18 @@ class Case:
         given: dict[str, Any] = json.loads(text)
         unknown = set(given) - {f.name for f in fields(cls)}
         if unknown or "kind" not in given:
-            raise ValueError(f"Not a case: {text!r} (unknown: {sorted(unknown)}; `kind` is needed).")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+            raise ValueError(
+                f"Not a case: {text!r} (unknown: {sorted(unknown)}; `kind` is needed)."
+            )
+        fields_given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+        }
+        return cls(**fields_given)
 
     def __str__(self) -> str:
-        quantised = f" {self.quant_type}{'+dq' if self.double_quant else ''}" if self.kind == "4bit" else ""
+        quantised = (
+            f" {self.quant_type}{'+dq' if self.double_quant else ''}" if self.kind == "4bit" else ""
+        )
         extras = [
             f"{name}={value}"
             for name, value, default in (
@@ -188,5 +195,5 @@ def build_base(
         if base.bias is not None and data.bias is not None:
             base.bias.data = as_dtype(data.bias, dtype)
     base.requires_grad_(False)
-    moved = base.to(device)
+    moved: nn.Module = base.to(device)
     return moved.train(case.training)

@@ -1,7 +1,8 @@
-"""The suite's side of pytest: options, one item per clause, port and layer, and the verdict at the end."""
+"""The suite's side of pytest: options, one item per clause, port and layer, the verdict."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -22,8 +23,9 @@ from conformance.profile import PROFILES, Profile
 from conformance.spec import KINDS, clause_of, clauses, kinds_of, spec_version
 from conformance.terminal import render
 from conformance.trial import NotApplicable, Trial, run_clause
-from conformance.verdict import Outcome, PortVerdict, as_json
+from conformance.verdict import Outcome, PortVerdict, Status, as_json
 from conformance.violation import Violation
+from conformance.xfails import Xfail, XfailError, load_xfails
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Session:
     seed: int
     case: Case | None
     reports: list[Path]
+    xfails: tuple[Xfail, ...]
     outcomes: list[Outcome] = field(default_factory=list)
 
     def verdicts(self) -> list[PortVerdict]:
@@ -56,6 +59,7 @@ class Session:
 
 
 SESSION = pytest.StashKey[Session]()
+_SHOULD = "a SHOULD clause"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,6 +87,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write the verdict to PATH (.json); repeatable",
     )
     group.addoption(
+        "--xfails-file",
+        action="append",
+        metavar="TOML",
+        help="known failures, with a reason, a link and an expiry date; repeatable",
+    )
+    group.addoption(
         "--clause", action="append", metavar="ID", help="ask these clauses only; repeatable"
     )
     group.addoption("--layer", choices=KINDS, help="ask one of the two layers only")
@@ -90,13 +100,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    ports = _load_ports(config.getoption("--port") or [DEFAULT_PORT])
     config.stash[SESSION] = Session(
-        ports=_load_ports(config.getoption("--port") or [DEFAULT_PORT]),
+        ports=ports,
         device=_device(config.getoption("--device")),
         profile=_profile(config),
         seed=config.getoption("--seed"),
         case=_case(config.getoption("--case")),
         reports=_report_paths(config.getoption("--report") or []),
+        xfails=_xfails(config.getoption("--xfails-file") or [], ports),
     )
     for identifier in config.getoption("--clause") or []:
         if identifier not in clauses():
@@ -169,17 +181,20 @@ def pytest_runtest_makereport(
         return report
     outcome = _outcome(item, asked, call)
     report.user_properties.extend(outcome.as_properties())
-    if call.excinfo is not None and isinstance(call.excinfo.value, Violation):
+    if outcome.status in ("fail", "xpass"):
         # A port's author needs the finding, not the suite's stack.
+        report.outcome = "failed"
         report.longrepr = f"{outcome.message}\n  again: {outcome.reproduce}"
-        if clause_of(item.obj).level == "SHOULD":
-            report.outcome = "skipped"
-            report.wasxfail = "a SHOULD clause"
+    if outcome.status == "xfail" or (
+        outcome.status == "fail" and clause_of(item.obj).level == "SHOULD"
+    ):
+        report.outcome = "skipped"
+        report.wasxfail = "known" if outcome.status == "xfail" else _SHOULD
     return report
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    if getattr(report, "wasxfail", None) == "a SHOULD clause":
+    if getattr(report, "wasxfail", None) == _SHOULD:
         return "should", "s", "SHOULD"
     return None
 
@@ -190,7 +205,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _session.outcomes.append(outcome)
 
 
-# `pytest_runtest_logreport` is given no config; the session it reports to is the one that is running.
+# `pytest_runtest_logreport` is given no config: it reports to the session that is running.
 _session: Session | None = None
 
 
@@ -208,14 +223,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     for path in state.reports:
         text = json.dumps(as_json(verdicts, state.settings()), indent=2, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
-    if exitstatus == pytest.ExitCode.OK and not all(v.passed for v in verdicts):
+    if exitstatus == pytest.ExitCode.OK and not all(v.green for v in verdicts):
         # No test failed, and yet a port was never asked anything.
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(
-    terminalreporter: Any, exitstatus: int, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     state = config.stash[SESSION]
     if not state.outcomes:
         return
@@ -236,22 +249,53 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def _outcome(item: pytest.Function, asked: Trial, call: pytest.CallInfo[None]) -> Outcome:
-    common = {"port": asked.port.name, "clause": _clause_id(item), "kind": asked.kind}
-    counted = {
-        "examples": asked.examples,
-        "compared": asked.compared,
-        "worst_ratio": asked.worst_ratio,
-    }
+    """What became of one clause, known failures taken into account."""
+    found = _found(item, asked, call)
+    known = next(
+        (
+            entry
+            for entry in item.config.stash[SESSION].xfails
+            if entry.covers(found.port, found.clause, found.kind)
+        ),
+        None,
+    )
+    if known is None or found.status not in ("pass", "fail"):
+        return found
+    if found.status == "fail":
+        message = f"{found.message}\n  known: {known.reason} ({known.link})"
+        return replace(found, status="xfail", message=message)
+    return replace(
+        found,
+        status="xpass",
+        message=f"{found.kind}: {found.clause} passes, although the xfails file says: "
+        f"{known.reason}. Remove the entry.",
+        reproduce=_reproduce(item, asked, None),
+    )
+
+
+def _found(item: pytest.Function, asked: Trial, call: pytest.CallInfo[None]) -> Outcome:
+    outcome = Outcome(
+        port=asked.port.name,
+        clause=_clause_id(item),
+        kind=asked.kind,
+        status="pass",
+        examples=asked.examples,
+        compared=asked.compared,
+        worst_ratio=asked.worst_ratio,
+    )
     if call.excinfo is None:
-        return Outcome(**common, **counted, status="pass")
+        return outcome
     error = call.excinfo.value
     if isinstance(error, pytest.skip.Exception):
-        status = "not-provided" if error.msg == "not provided" else "skip"
-        return Outcome(**common, status=status, message=error.msg or "")
+        reason = error.msg or ""
+        status: Status = "not-provided" if reason == "not provided" else "skip"
+        return replace(outcome, status=status, message=reason)
     case = error.case if isinstance(error, Violation) else None
-    message = f"{asked.kind}: {error}"
-    return Outcome(
-        **common, **counted, status="fail", message=message, reproduce=_reproduce(item, asked, case)
+    return replace(
+        outcome,
+        status="fail",
+        message=f"{asked.kind}: {error}",
+        reproduce=_reproduce(item, asked, case),
     )
 
 
@@ -320,6 +364,17 @@ def _case(text: str | None) -> Case | None:
         return Case.from_json(text)
     except (ValueError, TypeError) as error:
         raise pytest.UsageError(f"--case: {error}") from None
+
+
+def _xfails(files: list[str], ports: dict[str, Port]) -> tuple[Xfail, ...]:
+    try:
+        return tuple(
+            entry
+            for file in files
+            for entry in load_xfails(Path(file), ports, datetime.date.today())
+        )
+    except XfailError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _report_paths(given: list[str]) -> list[Path]:

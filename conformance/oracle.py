@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
+
+from conformance.case import DType, as_float64
+from conformance.port import Port
 from reference import (
     FORMATS,
     Adapter,
@@ -22,9 +26,6 @@ from reference import backward as reference_backward
 from reference import bounds as reference_bounds
 from reference import forward as reference_forward
 from reference import output as reference_output
-
-from conformance.case import DType, as_float64
-from conformance.port import Port
 
 __all__ = [
     "Adapter",
@@ -127,11 +128,17 @@ def expected_output_from_weight(
     return Bounded(y.value, y.bound + base.bound * (1.0 + 4.0 * arithmetic.io.roundoff))
 
 
-def weight_4bit(weight: np.ndarray, quant_type: str, double_quant: bool) -> np.ndarray:
-    """What 4-bit quantisation, by the reference's own code, makes of a weight (out, in)."""
+def weight_4bit(
+    weight: np.ndarray, quant_type: Literal["nf4", "fp4"], offset: float | None
+) -> np.ndarray:
+    """What 4-bit quantisation, by the reference's own code, makes of a weight (out, in).
+
+    offset: the mean of the scales that double quantisation took off, as the base layer says it
+        (a mean in fp32 depends on the order of its sum); None without double quantisation.
+    """
     packed, absmax = quantize_4bit(weight.astype(np.float32), quant_type)
-    if double_quant:
-        absmax = dequantize_absmax(quantize_absmax(absmax))
+    if offset is not None:
+        absmax = dequantize_absmax(quantize_absmax(absmax, np.float32(offset)))
     restored = dequantize_4bit(packed, absmax, weight.shape, quant_type)
     return np.asarray(restored, dtype=np.float64)
 

@@ -76,7 +76,7 @@ def port_from_module(module: ModuleType, name: str) -> Port:
             f"Port `{name}` has neither `{CLASS_NAMES['4bit']}` nor `{CLASS_NAMES['8bit']}`: "
             "a port is a module with at least one of them."
         )
-    arithmetic = getattr(module, "ADAPTER_ARITHMETIC", "input")
+    arithmetic: Arithmetic = getattr(module, "ADAPTER_ARITHMETIC", "input")
     if arithmetic not in ("float32", "input"):
         raise PortError(
             f"Port `{name}`: ADAPTER_ARITHMETIC is {arithmetic!r}; it must be 'float32' or 'input'."

@@ -1,8 +1,10 @@
-"""Where the suite looks for bad cases: hypothesis strategies that shrink towards rank 1, batch 1, fp32."""
+"""Where the suite looks for bad cases: strategies that shrink towards rank 1, batch 1, fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -10,6 +12,8 @@ from hypothesis.strategies import SearchStrategy
 from conformance import oracle
 from conformance.case import DTYPES, Case, DType, Values
 from conformance.spec import Kind
+
+T = TypeVar("T")
 
 # bitsandbytes 0.50.2 dequantises 4-bit weights wrongly on AVX-512 CPUs where in % 16 == 0 and
 # in % 64 != 0 (docs/defects). That is the base layer's fault, so no case has such a width.
@@ -39,7 +43,9 @@ def cases(
     """
 
     def settings_of(count: int) -> SearchStrategy[Case]:
-        per_adapter = {"min_size": count, "max_size": count}
+        def per_adapter(options: Sequence[T]) -> SearchStrategy[tuple[T, ...]]:
+            return st.tuples(*[st.sampled_from(list(options))] * count)
+
         return st.builds(
             Case,
             kind=st.just(kind),
@@ -47,8 +53,8 @@ def cases(
             in_features=st.sampled_from(list(in_features)),
             out_features=st.sampled_from(list(OUT_FEATURES)),
             batch=st.sampled_from(list(batches)),
-            ranks=st.lists(st.sampled_from(list(ranks)), **per_adapter).map(tuple),
-            alphas=st.lists(st.sampled_from(list(ALPHAS)), **per_adapter).map(tuple),
+            ranks=per_adapter(ranks),
+            alphas=per_adapter(ALPHAS),
             values=st.sampled_from(list(values)),
             # A base output near zero leaves the update's own roundings visible in half precision.
             base_scale=st.sampled_from([1.0, 2.0**-10]),
@@ -76,11 +82,11 @@ def probes(
     differs from alpha, from in and from out; with the base layer's output near zero, and of order one.
     """
     for dtype in dtypes:
-        common = {"kind": kind, "dtype": dtype, "training": training}
+        common = Case(kind, dtype, training=training)
         ranks = (3, 5, 2)[:adapters]
-        yield Case(**common, batch=(2,), ranks=ranks, base_scale=2.0**-10, seed=seed)
-        yield Case(
-            **common,
+        yield replace(common, batch=(2,), ranks=ranks, base_scale=2.0**-10, seed=seed)
+        yield replace(
+            common,
             in_features=8,
             out_features=5,
             batch=(8,),
@@ -89,8 +95,8 @@ def probes(
             base_scale=2.0**-10,
             seed=seed + 1,
         )
-        yield Case(
-            **common,
+        yield replace(
+            common,
             in_features=64,
             out_features=33,
             batch=(2, 3),
@@ -98,8 +104,8 @@ def probes(
             bias=True,
             seed=seed + 2,
         )
-        yield Case(
-            **common,
+        yield replace(
+            common,
             in_features=128,
             out_features=17,
             batch=(5,),
@@ -115,8 +121,14 @@ def probes(
 def dyadic_cases(
     kind: Kind, *, dtypes: Sequence[DType] = DTYPES, adapters: int = 1, seed: int = 0
 ) -> Iterator[Case]:
-    """The exact lane: 2**k unlike r and unlike alpha, so that no wrong divisor gives the same bits."""
-    shapes = ((4, 3, (2,), 1), (8, 5, (3,), 3), (64, 17, (2, 2), 8), (65, 4, (5,), 5), (17, 33, (4,), 17))
+    """The exact lane: 2**k unlike r and unlike alpha, so no wrong divisor gives the same bits."""
+    shapes = (
+        (4, 3, (2,), 1),
+        (8, 5, (3,), 3),
+        (64, 17, (2, 2), 8),
+        (65, 4, (5,), 5),
+        (17, 33, (4,), 17),
+    )
     for number, (n, m, batch, rank) in enumerate(shapes):
         for dtype in dtypes:
             powers = (2, 1, 0, 4, 3)

@@ -12,12 +12,26 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.spec import clauses
-from conformance.verdict import ClauseVerdict, PortVerdict
+from conformance.verdict import ClauseVerdict, PortVerdict, Status
 
-_STYLE = {"pass": "green", "fail": "bold red", "skip": "yellow", "not-provided": "dim"}
+_STYLE: dict[Status, str] = {
+    "pass": "green",
+    "fail": "bold red",
+    "xfail": "magenta",
+    "xpass": "bold red",
+    "skip": "yellow",
+    "not-provided": "dim",
+}
 _SHOULD_MARK = " (should)"
 _NARROWEST_SENTENCE = 24
-_WORD = {"pass": "pass", "fail": "FAIL", "skip": "skip", "not-provided": "–"}
+_WORD: dict[Status, str] = {
+    "pass": "pass",
+    "fail": "FAIL",
+    "xfail": "XFAIL",
+    "xpass": "XPASS",
+    "skip": "skip",
+    "not-provided": "–",
+}
 
 
 def render(ports: Sequence[PortVerdict], *, width: int, colour: bool) -> str:
@@ -91,7 +105,7 @@ def _cell(verdict: ClauseVerdict | None) -> str:
 
 def _ratio(verdict: ClauseVerdict) -> str:
     ratio = verdict.worst_ratio
-    if ratio == 0 or verdict.status not in ("pass", "fail"):
+    if ratio == 0 or verdict.status in ("skip", "not-provided"):
         return ""
     if not math.isfinite(ratio):
         return " ∞"
@@ -131,9 +145,16 @@ def _print_skips(console: Console, port: PortVerdict) -> None:
 
 
 def _summary(port: PortVerdict) -> str:
-    must, should = port.count("fail", "MUST"), port.count("fail", "SHOULD")
-    missing = f", {port.count('not-provided')} not provided" if port.count("not-provided") else ""
-    counts = f"{port.count('pass')} clauses pass, {must} MUST and {should} SHOULD fail{missing}"
+    must = port.count("fail", "MUST") + port.count("xfail", "MUST")
+    should = port.count("fail", "SHOULD") + port.count("xfail", "SHOULD")
+    counts = f"{port.count('pass')} clauses pass, {must} MUST and {should} SHOULD fail"
+    also: dict[Status, str] = {
+        "xfail": "known",
+        "skip": "not asked",
+        "not-provided": "not provided",
+    }
+    for status, words in also.items():
+        counts += f", {port.count(status)} {words}" if port.count(status) else ""
     if not port.ran:
         return f"\n[bold red]{escape(port.name)}: nothing was decided[/]: no clause ran."
     word, style = ("conforms", "bold green") if port.passed else ("does not conform", "bold red")

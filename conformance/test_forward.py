@@ -87,7 +87,7 @@ def test_output_agrees_with_the_references_own_weights(trial: Trial) -> None:
     def body(case: Case) -> None:
         setup = trial.build(case)
         weight = (
-            oracle.weight_4bit(setup.data.weight, case.quant_type, case.double_quant)
+            oracle.weight_4bit(setup.data.weight, case.quant_type, setup.nested_offset())
             if case.kind == "4bit"
             else oracle.weight_8bit(setup.data.weight)
         )
@@ -159,9 +159,7 @@ def test_any_number_of_leading_dimensions(trial: Trial) -> None:
             y.shape == (*case.batch, case.out_features),
             f"y has shape {tuple(y.shape)} for an x of shape {x.shape}.",
         )
-        trial.assert_within(
-            "y", y, oracle.expected_output(x, adapters, base, setup.arithmetic)
-        )
+        trial.assert_within("y", y, oracle.expected_output(x, adapters, base, setup.arithmetic))
 
     trial.check(
         body,
@@ -216,7 +214,9 @@ def test_memory_layout_does_not_matter(trial: Trial) -> None:
         expected = oracle.expected_output(
             setup.data.x, adapters, setup.base_output(row.expand(setup.x.shape)), setup.arithmetic
         )
-        trial.assert_within("y of an expanded x", setup.forward(row.expand(setup.x.shape)), expected)
+        trial.assert_within(
+            "y of an expanded x", setup.forward(row.expand(setup.x.shape)), expected
+        )
 
     trial.check(
         body,
@@ -286,7 +286,8 @@ def test_the_base_layer_is_left_alone(trial: Trial) -> None:
         setup.run()
         before, after = twin.base.state_dict(), setup.base.state_dict()
         trial.assert_that(
-            set(before) == set(after), f"The base layer's state changed: {set(before) ^ set(after)}."
+            set(before) == set(after),
+            f"The base layer's state changed: {set(before) ^ set(after)}.",
         )
         for key, value in before.items():
             trial.assert_same_bits(f"base_layer.{key}", after[key], value, same_dtype=True)
@@ -367,7 +368,15 @@ def test_every_row_of_a_large_batch(trial: Trial) -> None:
 
 @clause("FWD-17")
 def test_ragged_shapes(trial: Trial) -> None:
-    shapes = [(2, 1, 1), (3, 5, 8), (5, 2, 3), (17, 33, 17), (33, 17, 40), (63, 65, 5), (65, 63, 70)]
+    shapes = [
+        (2, 1, 1),
+        (3, 5, 8),
+        (5, 2, 3),
+        (17, 33, 17),
+        (33, 17, 40),
+        (63, 65, 5),
+        (65, 63, 70),
+    ]
     trial.check(
         output_of(trial),
         [

@@ -101,7 +101,9 @@ def test_a_new_adapter_learns_through_e(trial: Trial) -> None:
         run = setup.run()
         for index, name in enumerate(case.names):
             for part, gradient in (("A", run.dA[index]), ("B", run.dB[index])):
-                trial.assert_that(gradient is not None, f"{part} of a new `{name}` has no gradient.")
+                trial.assert_that(
+                    gradient is not None, f"{part} of a new `{name}` has no gradient."
+                )
                 assert gradient is not None
                 trial.assert_same_bits(
                     f"d{part} of a new `{name}`", gradient, torch.zeros_like(gradient)
@@ -159,7 +161,7 @@ def test_gradients_accumulate(trial: Trial) -> None:
         for parameter in setup.layer.parameters():
             parameter.grad = None
         for _ in range(2):
-            setup.forward(x).backward(setup.dout)
+            torch.autograd.backward(setup.forward(x), setup.dout)
         name = case.names[0]
         for what, got, single in (
             ("dx", x.grad, once.dx),
@@ -174,7 +176,9 @@ def test_gradients_accumulate(trial: Trial) -> None:
     trial.check(body, probes(trial.kind))
 
 
-def _checkpointed(layer: torch.nn.Module, reentrant: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _checkpointed(
+    layer: torch.nn.Module, reentrant: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = checkpoint(layer, x, use_reentrant=reentrant)
         return y
@@ -252,7 +256,7 @@ def test_parameter_gradients_are_fp32(trial: Trial) -> None:
 def test_an_input_without_gradient(trial: Trial) -> None:
     def body(case: Case) -> None:
         setup = trial.build(case)
-        setup.forward(setup.x).backward(setup.dout)
+        torch.autograd.backward(setup.forward(setup.x), setup.dout)
         layer = setup.layer
         grads = (
             tuple(p[name].grad for name in case.names)
@@ -353,7 +357,10 @@ def test_a_second_backward_through_the_same_graph(trial: Trial) -> None:
         setup = trial.build(case)
         x = setup.x.requires_grad_()
         name = case.names[0]
-        leaves = [x, *(p[name] for p in (setup.layer.lora_A, setup.layer.lora_E, setup.layer.lora_B))]
+        leaves = [
+            x,
+            *(p[name] for p in (setup.layer.lora_A, setup.layer.lora_E, setup.layer.lora_B)),
+        ]
         y = setup.forward(x)
         first = torch.autograd.grad(y, leaves, setup.dout, retain_graph=True)
         second = torch.autograd.grad(y, leaves, setup.dout)
@@ -372,7 +379,9 @@ def test_an_empty_batch_gives_zero_gradients(trial: Trial) -> None:
             gradient = gradients[0]
             trial.assert_that(gradient is not None, f"{part} of an empty batch is None.")
             assert gradient is not None
-            trial.assert_same_bits(f"{part} of an empty batch", gradient, torch.zeros_like(gradient))
+            trial.assert_same_bits(
+                f"{part} of an empty batch", gradient, torch.zeros_like(gradient)
+            )
         trial.assert_same_bits("dx of an empty batch", run.dx, setup.x)
 
     trial.check(

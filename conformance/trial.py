@@ -1,4 +1,4 @@
-"""A trial: one clause asked of one port's layer. It calls, compares, counts, and searches for the worst case."""
+"""A trial: one clause asked of one port's layer. It calls, compares, counts, and searches."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class NotApplicable(Exception):
 class Trial:
     """One clause, one port, one kind of layer: the hand through which a test touches the port.
 
-    `calls` counts calls of the port, `compared` the elements and facts that were compared: a test that
-    ends with either at zero has checked nothing, and fails.
+    `calls` counts calls of the port, `compared` the elements and facts that were compared: a test
+    that ends with either at zero has checked nothing, and fails.
     """
 
     port: Port
@@ -209,9 +209,7 @@ class Trial:
         same = (observed == wanted) | (np.isnan(observed) & np.isnan(wanted))
         self.compared += observed.size
         if not same.all():
-            raise Violation(
-                describe_elements(what, observed, wanted, np.zeros_like(wanted), ~same)
-            )
+            raise Violation(describe_elements(what, observed, wanted, np.zeros_like(wanted), ~same))
 
     def assert_that(self, condition: bool, otherwise: str) -> None:
         """A fact that holds or does not."""
@@ -237,9 +235,7 @@ class Trial:
             ) from error
         raise Violation(f"{what} is accepted; expected {names}.")
 
-    def _assert_tensor(
-        self, what: str, got: torch.Tensor | None, shape: tuple[int, ...]
-    ) -> None:
+    def _assert_tensor(self, what: str, got: torch.Tensor | None, shape: tuple[int, ...]) -> None:
         self.assert_that(got is not None, f"{what} is None: it was not computed.")
         assert got is not None
         self.assert_that(
@@ -361,7 +357,7 @@ class Setup:
             with _quiet():
                 y = forward(x)
         with _quiet():
-            y.backward((self.dout if dout is None else dout).to(y.dtype))
+            torch.autograd.backward(y, (self.dout if dout is None else dout).to(y.dtype))
         return Run(
             y.detach(),
             x.grad,
@@ -372,14 +368,21 @@ class Setup:
         )
 
     def base_run(self, x: torch.Tensor | None = None, dout: torch.Tensor | None = None) -> Run:
-        """The same forward and backward through a twin of the base layer, which the port never saw."""
+        """The same forward and backward through a twin of the base layer, unseen by the port."""
         twin = build_base(self.case, self.data, self.trial.device)
         x = (self.x if x is None else x).detach().requires_grad_()
         with _quiet():
             y = twin(x)
             if y.requires_grad:
-                y.backward((self.dout if dout is None else dout).to(y.dtype))
+                torch.autograd.backward(y, (self.dout if dout is None else dout).to(y.dtype))
         return Run(y.detach(), x.grad)
+
+    def nested_offset(self) -> float | None:
+        """What double quantisation took off the scales of the 4-bit weight; None without it."""
+        if not self.case.double_quant:
+            return None
+        twin: Any = build_base(self.case, self.data, self.trial.device)
+        return float(twin.weight.quant_state.offset)
 
     def base_output(self, x: torch.Tensor | None = None) -> torch.Tensor:
         """base(x) by a twin of the base layer, without a graph."""
@@ -398,9 +401,7 @@ def run_clause(test: Callable[[Trial], None], trial: Trial) -> None:
     """
     clause = clause_of(test)
     try:
-        with torch.random.fork_rng(
-            devices=[trial.device] if trial.device.type == "cuda" else []
-        ):
+        with torch.random.fork_rng(devices=[trial.device] if trial.device.type == "cuda" else []):
             test(trial)
     except Violation as violation:
         violation.clause = clause
@@ -408,9 +409,9 @@ def run_clause(test: Callable[[Trial], None], trial: Trial) -> None:
     except NotApplicable:
         raise
     except Exception as error:
-        violation = Violation.from_error(error, trial._case)
-        violation.clause = clause
-        raise violation from error
+        raised = Violation.from_error(error, trial._case)
+        raised.clause = clause
+        raise raised from error
     if trial.calls == 0 or trial.compared == 0:
         empty = "called the port" if trial.calls == 0 else "compared anything"
         raise Violation(f"The test never {empty}: it has checked nothing.", clause=clause)

@@ -138,9 +138,7 @@ def _dyadic(case: Case, rng: Generator) -> Data:
     n, m = case.in_features, case.out_features
 
     def signs(shape: tuple[int, ...], density: float) -> np.ndarray:
-        return rng.choice(
-            [-1.0, 0.0, 1.0], shape, p=[density / 2, 1 - density, density / 2]
-        )
+        return rng.choice([-1.0, 0.0, 1.0], shape, p=[density / 2, 1 - density, density / 2])
 
     # About four live features a row keep the sums inside bf16's eight bits.
     live = min(1.0, 4.0 / n)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from conformance.spec import Clause, Kind, clauses
 
-Status = Literal["pass", "fail", "skip", "not-provided"]
+Status = Literal["pass", "fail", "xfail", "xpass", "skip", "not-provided"]
 # Over the two layers the gravest status is the clause's.
-_GRAVITY: Sequence[Status] = ("fail", "pass", "skip", "not-provided")
+_GRAVITY: Sequence[Status] = ("fail", "xpass", "xfail", "pass", "skip", "not-provided")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class ClauseVerdict:
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        return tuple(o for o in self.outcomes if o.status == "fail")
+        """What is to be read: failures, known ones too, and unexpected passes."""
+        return tuple(o for o in self.outcomes if o.status in ("fail", "xpass", "xfail"))
 
 
 @dataclass
@@ -83,13 +84,26 @@ class PortVerdict:
     @property
     def ran(self) -> bool:
         """Whether anything was decided: a port that was never asked has not conformed."""
-        return any(c.status in ("pass", "fail") for c in self.clauses)
+        return any(c.status not in ("skip", "not-provided") for c in self.clauses)
 
     @property
     def passed(self) -> bool:
-        """Every MUST clause that was asked holds, and at least one was decided."""
+        """Every MUST clause that was asked holds, and at least one was decided.
+
+        A known failure is a failure: an xfails file keeps a run green, it does not make a port
+        conform.
+        """
         return self.ran and not any(
-            c.status == "fail" and c.clause.level == "MUST" for c in self.clauses
+            c.status in ("fail", "xfail", "xpass") and c.clause.level == "MUST"
+            for c in self.clauses
+        )
+
+    @property
+    def green(self) -> bool:
+        """Whether the run may exit with 0 as far as this port goes."""
+        return self.ran and not any(
+            c.status == "xpass" or (c.status == "fail" and c.clause.level == "MUST")
+            for c in self.clauses
         )
 
     def count(self, status: Status, level: str | None = None) -> int:

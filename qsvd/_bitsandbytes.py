@@ -128,6 +128,7 @@ class SVDLinear8bitLt(SVDLayer):
         data, scale = state_dict.get(key), state_dict.get(scale_key)
         if data is None or scale is None:
             return
+        del state_dict[scale_key]
         _check_loaded_shape(self, tuple(data.shape))
         base: Any = self.base_layer
         device = data.device if base.weight.device.type == "meta" else base.weight.device

@@ -92,10 +92,10 @@ def _split_product(S: Tensor, data: Tensor) -> Tensor:
     """`S @ data` for fp32 S (r, m) and half-precision data (m, k), to about fp32 accuracy.
 
     S = 2^e * (S_0 + S_1 + ...) with S_i in half precision, each the rounded remainder of the ones
-    before. In fp16, where range is scarce, e brings every row's largest element just below 2^15.
+    before. In fp16, where range is scarce, e brings every row's largest element just below 2^13.
     """
     pieces = _PIECES[data.dtype]
-    exponent = _row_exponent(S) - 15 if data.dtype == torch.float16 else None
+    exponent = _row_exponent(S) - 13 if data.dtype == torch.float16 else None
     rest = S if exponent is None else S * _power_of_two(-exponent)
     halves = []
     for _ in range(pieces):
@@ -129,7 +129,7 @@ def _row_exponent(S: Tensor) -> Tensor:
     """e (r, 1), int32, with 2^(e-1) <= max|row| < 2^e, where 2^e and 2^-e are normal fp32."""
     if S.shape[1] == 0:
         return S.new_zeros(S.shape[0], 1, dtype=torch.int32)
-    return torch.frexp(S.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 110)
+    return torch.frexp(S.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 126)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

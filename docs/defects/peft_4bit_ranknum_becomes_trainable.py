@@ -16,7 +16,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     layer = SVDLinear4bit(base, "default", config, r=6, lora_alpha=16)
     torch.nn.init.normal_(layer.lora_E["default"])
     trainable = layer.ranknum["default"].requires_grad
-    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.02, eps=1e-4)
+    optimizer = torch.optim.Adam(
+        [p for p in layer.parameters() if p.requires_grad], lr=0.02, eps=1e-4
+    )
     for _ in range(20):
         optimizer.zero_grad()
         layer(torch.randn(8, 64)).pow(2).mean().backward()

@@ -53,16 +53,24 @@ def refuse_merges() -> contextlib.AbstractContextManager[object]:
     return mock.patch.multiple(BaseTunerLayer, merge=refuse, unmerge=refuse)
 
 
-def keep_the_base_dtype() -> contextlib.AbstractContextManager[object]:
-    """SVDLinear8bitLt returns its base layer's dtype."""
-    from peft.tuners.adalora.bnb import SVDLinear8bitLt
+def compute_the_contract() -> contextlib.AbstractContextManager[object]:
+    """Both forwards compute the contract in fp32 and return the base layer's dtype."""
+    import torch
+    from peft.tuners.adalora.bnb import SVDLinear4bit, SVDLinear8bitLt
 
-    forward = SVDLinear8bitLt.forward
+    def forward(self: Any, x: Any) -> Any:
+        y = self.base_layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            for name in dict.fromkeys(self.active_adapters):
+                A, E, B = (p[name].float() for p in (self.lora_A, self.lora_E, self.lora_B))
+                c = self.scaling[name] / (self.ranknum[name].float() + 1e-5)
+                y = y + (self.lora_dropout[name](x).float() @ (A * E * c).T @ B.T).to(y.dtype)
+        return y
 
-    def cast(self: Any, x: Any) -> Any:
-        return forward(self, x).to(self.base_layer(x).dtype)
-
-    return mock.patch.object(SVDLinear8bitLt, "forward", cast)
+    patches = contextlib.ExitStack()  # undone when the caller leaves it
+    for layer_class in (SVDLinear8bitLt, SVDLinear4bit):
+        patches.enter_context(mock.patch.object(layer_class, "forward", forward))
+    return patches
 
 
 def keep_adapters_fp32() -> contextlib.AbstractContextManager[object]:
@@ -83,7 +91,16 @@ def never_repack() -> contextlib.AbstractContextManager[object]:
 Repair = Callable[[], contextlib.AbstractContextManager[object]]
 REPAIRS: dict[Repair, list[str]] = {
     refuse_merges: ["peft_merge_refuses_without_a_message"],
-    keep_the_base_dtype: ["peft_8bit_returns_float32_for_half_inputs"],
+    compute_the_contract: [
+        "peft_4bit_adapter_order_changes_the_result",
+        "peft_4bit_half_underflows_its_singular_values",
+        "peft_8bit_crashes_after_half",
+        "peft_8bit_returns_float32_for_half_inputs",
+        "peft_cpu_autocast_is_not_recognised",
+        "peft_fp16_overflows_before_it_scales",
+        "peft_fp16_underflows_before_it_scales",
+        "peft_set_adapter_counts_a_repeated_name_twice",
+    ],
     keep_adapters_fp32: [
         "peft_4bit_adapter_order_changes_the_result",
         "peft_4bit_adapter_parameters_take_compute_dtype",

@@ -32,7 +32,9 @@ def base_layer(kind: Kind, n_in: int = 64, n_out: int = 32, **options: Any) -> n
     return unquantised_base(kind, n_in, n_out, **options).to("cpu")
 
 
-def layer(kind: Kind, r: int = 4, *, base: nn.Module | None = None, **options: Any) -> qsvd.SVDLayer:
+def layer(
+    kind: Kind, r: int = 4, *, base: nn.Module | None = None, **options: Any
+) -> qsvd.SVDLayer:
     """A layer whose adapter `default` is as it was created: the identity."""
     base = base_layer(kind) if base is None else base
     return qsvd.layer_for(base)(base, "default", r=r, **options)

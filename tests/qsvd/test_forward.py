@@ -119,6 +119,7 @@ def test_autocast_does_not_round_what_is_added_to_an_fp32_output(kind):
 
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 2, 3, 64), (2, 1, 2, 3, 64)])
 @pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
 def test_any_number_of_leading_dimensions_gives_the_flattened_values(kind, shape, training):
     adapted = randomised(layer(kind)).train(training)
     x = torch.randn(shape)
@@ -141,7 +142,9 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(kind, shape, dt
 
     assert y.shape == (*shape[:-1], 32)
     assert x.grad.shape == shape
-    assert all(not p["default"].grad.any() for p in (adapted.lora_A, adapted.lora_E, adapted.lora_B))
+    assert all(
+        not p["default"].grad.any() for p in (adapted.lora_A, adapted.lora_E, adapted.lora_B)
+    )
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -243,14 +246,14 @@ def test_dropout_is_for_the_adapter_alone_and_for_training_alone(kind):
     assert torch.equal(adapted(x), adapted(x))
 
 
+@torch.no_grad()
 def test_the_scale_is_read_at_every_forward(kind):
     adapted = randomised(layer(kind, r=4))
     x = torch.randn(3, 64)
     base, once = adapted.base_layer(x), adapted(x)
     adapted.scaling["default"] *= 2
     twice = adapted(x)
-    with torch.no_grad():
-        adapted.ranknum["default"].mul_(2).add_(1e-5)
+    adapted.ranknum["default"].mul_(2).add_(1e-5)
 
     size = 8 * 2.0**-24 * float(twice.abs().max() + base.abs().max())  # eight roundings of y's size
     torch.testing.assert_close(twice - base, 2 * (once - base), rtol=0, atol=2 * size)

@@ -23,7 +23,9 @@ def gradients(adapted, x, dy, name="default"):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 37, 1100])
-def test_every_gradient_is_right_and_the_parameters_to_fp32_accuracy(kind, dtype, rows, monkeypatch):
+def test_every_gradient_is_right_and_the_parameters_to_fp32_accuracy(
+    kind, dtype, rows, monkeypatch
+):
     """
     The parameters' bounds are fp32's whatever the dtype of x. Blocks are of 16 rows, so that there
     are many; 1100 half-precision terms summed in half precision would be far outside.

@@ -127,8 +127,8 @@ def test_a_wrong_gradient_exceeds_its_bound(fault: GradientFault, io: str) -> No
         ("float32", 4, 1e-5),
         ("float32", 32, 1e-4),
         ("float32", 512, 1e-3),
-        ("bfloat16", 32, 3e-2),
-        ("float16", 32, 4e-3),
+        ("bfloat16", 32, 5e-2),
+        ("float16", 32, 6e-3),
     ],
 )
 def test_a_relative_error_of_this_size_is_seen(io: str, features: int, size: float) -> None:
@@ -145,7 +145,7 @@ def test_a_relative_error_of_this_size_is_seen(io: str, features: int, size: flo
 
 @pytest.mark.parametrize("rank", [1, 2, 8])
 def test_a_missing_offset_shows_on_a_probe(rank: int) -> None:
-    """In float32, one-hot x on a zero base tells ranknum + 1e-5 from ranknum, for a ranknum of 8."""
+    """In float32, one-hot x on a zero base tells ranknum + 1e-5 from ranknum, at ranknum 8."""
     rng = np.random.default_rng(0)
     A, B = (round_to(rng.standard_normal(s), "float32") for s in ((rank, 64), (5, rank)))
     a = Adapter(A, np.eye(rank)[:, :1], B, scaling=16.0, ranknum=8.0)
