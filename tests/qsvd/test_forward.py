@@ -56,11 +56,12 @@ def test_a_new_adapter_leaves_every_bit_of_the_base_output(kind, dtype, training
     assert torch.equal(bits(adapted(x)), bits(adapted.base_layer(x)))
 
 
-def test_rank_zero_leaves_every_bit_of_the_base_output(kind):
+def test_rank_zero_returns_the_base_output_itself(kind):
     adapted = layer(kind, r=0)
-    x = torch.randn(9, 64)
+    kept: list[Tensor] = []
+    adapted.base_layer.register_forward_hook(lambda *call: kept.append(call[2]))
 
-    assert torch.equal(bits(adapted(x)), bits(adapted.base_layer(x)))
+    assert adapted(torch.randn(9, 64)) is kept[0]
 
 
 def test_disabled_adapters_leave_every_bit_of_the_base_output(kind):
@@ -208,6 +209,24 @@ def test_a_finite_fp16_result_stays_finite(kind):
     torch.testing.assert_close(update, torch.full_like(update, 2**17 / (8 + 1e-5)), rtol=0, atol=16)
 
 
+def test_a_finite_fp16_result_stays_finite_where_the_hidden_vector_does_not(kind):
+    """
+    x @ (A * E * c).T is 2^19, outside fp16's range; B brings the update back to 2^10.
+    """
+    base = base_layer(kind, bias=False)
+    adapted = layer(kind, r=8, lora_alpha=1, base=base)
+    with torch.no_grad():
+        adapted.lora_A["default"].zero_()[0] = 1024.0
+        adapted.lora_E["default"][0] = 64.0
+        adapted.lora_B["default"].fill_(2.0**-9)
+    x = torch.ones(2, 64, dtype=torch.float16)
+    update = adapted(x).double() - base(x).double()
+
+    # Rounded twice near 2^10, where fp16's numbers are at most 1 apart.
+    want = torch.full_like(update, 2**13 / (8 + 1e-5))
+    torch.testing.assert_close(update, want, rtol=0, atol=1)
+
+
 def test_two_adapters_add_up_and_both_see_x_as_it_was_given(kind):
     adapted = layer(kind, r=3, lora_alpha=3)
     adapted.update_layer("other", 5, lora_alpha=7)
@@ -244,6 +263,16 @@ def test_dropout_is_for_the_adapter_alone_and_for_training_alone(kind):
     assert all(torch.equal(s, x) for s in seen)
     adapted.eval()
     assert torch.equal(adapted(x), adapted(x))
+
+
+def test_one_adapters_dropout_does_not_reach_the_next(kind):
+    adapted = layer(kind, lora_dropout=0.9)
+    adapted.update_layer("other", 5, lora_alpha=7, init_lora_weights=False)
+    adapted.set_adapter(["default", "other"])
+    x, dy = torch.randn(6, 64), torch.zeros(6, 32)
+    want = expected(adapted, x, dy, "other")
+
+    assert_within(adapted(x), want.y, want.y_bound)  # E = 0 in the adapter that drops
 
 
 @torch.no_grad()

@@ -64,6 +64,14 @@ def test_a_masked_singular_value_keeps_its_own_gradient_only(kind):
     assert found["lora_E"].all()
 
 
+def test_ranknum_gets_no_gradient_even_if_it_asks_for_one():
+    adapted = randomised(layer("4bit"))
+    adapted.ranknum["default"].requires_grad_(True)
+    adapted(torch.randn(3, 64)).sum().backward()
+
+    assert adapted.ranknum["default"].grad is None
+
+
 def test_first_and_second_derivatives_match_finite_differences():
     base, x = torch.randn(3, 4).double(), torch.randn(3, 6).double()
     A, E, B = torch.randn(2, 6).double(), torch.randn(2, 1).double(), torch.randn(4, 2).double()

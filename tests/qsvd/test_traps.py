@@ -101,13 +101,13 @@ def test_loading_a_checkpoint_repairs_a_repacked_base_layer():
     assert torch.equal(adapted(x), y)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "wide_input"), [("4bit", False), ("4bit", True), ("8bit", False)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_call_does_not_round_the_bias(kind, training, dtype):
+def test_a_half_precision_call_does_not_round_the_bias(kind, training, dtype, wide_input):
     compute = {"compute_dtype": dtype} if kind == "4bit" else {}
     adapted = layer(kind, base=base_layer(kind, **compute)).train(training)
-    bias, x = adapted.bias.clone(), torch.randn(3, 64, dtype=dtype)
+    bias, x = adapted.bias.clone(), torch.randn(3, 64, dtype=torch.float32 if wide_input else dtype)
     twin = copy.deepcopy(adapted.base_layer)
     y = adapted(x)
 
@@ -115,6 +115,20 @@ def test_a_half_precision_call_does_not_round_the_bias(kind, training, dtype):
     assert torch.equal(adapted.bias, bias)
     assert torch.equal(y, twin(x))
     assert twin.bias.dtype == dtype  # the base layer alone rounds it
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", DTYPES)
+def test_an_undecided_compute_dtype_rounds_no_bias_either(dtype, first):
+    """
+    Without a compute dtype a 4-bit layer takes that of its first input, unless it is fp16.
+    """
+    adapted = layer("4bit")
+    bias, twin = adapted.bias.clone(), copy.deepcopy(adapted.base_layer)
+    for x in (torch.randn(3, 64, dtype=first), torch.randn(3, 64, dtype=dtype)):
+        twin.bias.data = bias.clone()
+        assert torch.equal(adapted(x), twin(x))
+        assert torch.equal(adapted.bias, bias)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,4 +238,5 @@ def test_moving_takes_the_8bit_scales_along():
 
     adapted._apply(move)
     assert seen == [(True, True)]
+    assert adapted.weight.CB is None
     assert adapted.base_layer.state.CB is not None

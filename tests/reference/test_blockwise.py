@@ -23,6 +23,13 @@ TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 SHAPES = [(8, 64), (3, 50), (7, 33), (1, 1), (5, 3), (129, 1), (2, 128), (1, 4097)]
 
 
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    """bitsandbytes compiles its fallbacks for each new shape, which takes seconds and no part."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def weight(kind: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
     """A float32 array of values that `dtype` holds, of the kind that its name says."""
     rng = np.random.default_rng(sum(shape))

@@ -95,6 +95,34 @@ def test_the_declared_roundoff_of_the_accumulator_matters() -> None:
     assert ratio(y, nearest) > 1.8
 
 
+@pytest.mark.parametrize("io", ["bfloat16", "float16"])
+def test_three_roundings_in_io_are_all_needed(io: str) -> None:
+    """Cast, times s, over ranknum: of 4,096 outputs of one path, some nearly use up the bound."""
+    rng = np.random.default_rng(0)
+    B = round_to(1 + rng.random((4096, 1)), "float32")
+    a = Adapter(np.ones((1, 1)), np.ones((1, 1)), B, scaling=1.3, ranknum=1.1)
+    pipeline = Pipeline(Arithmetic.strict(io), "A", "io", "blas", "io")
+    x, base = np.ones((1, 1)), np.zeros((1, 4096))
+
+    expected = bound_output(x, [a], base, pipeline.arithmetic)
+    assert 0.8 < ratio(pipeline.output(x, [a], base), expected) <= 1.0
+
+
+def test_the_sums_of_a_dense_weight_are_charged_to_every_path() -> None:
+    """B (A∘E) formed first: its sums over 256 ranks err in one column, where the hidden cancels."""
+    lossy, exact = 1 + 2.0**-17 - 2.0**-23, 1 + 2.0**-16  # as terms of a sum of 256
+    A = np.tile([lossy, exact], (256, 1))
+    a = Adapter(A, np.ones((256, 1)), np.ones((1, 256)), 1.0, 1.0 - 1e-5)
+    pipeline = Pipeline(Arithmetic.strict("float32"), "dense", "result", "forward")
+    x, base = np.array([[1.0, -1.0]]), np.zeros((1, 1))
+
+    expected = bound_output(x, [a], base, pipeline.arithmetic)
+    error = abs(pipeline.output(x, [a], base) - expected.value).item()
+    # Were only the hidden vector's sums charged, of two terms, this would exceed the bound.
+    assert error > 20 * 2.0**-24 * 2 * 256
+    assert error <= expected.bound.item()
+
+
 @pytest.mark.parametrize("io", FORMATS)
 def test_a_dead_adapter_leaves_no_room_for_error(io: str) -> None:
     """E = 0, B = 0, rank 0 or x = 0: the bound is zero, y must be the base's bits."""
