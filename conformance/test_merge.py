@@ -23,12 +23,11 @@ INSTEAD = re.compile(
 
 
 def settings(kind: Kind) -> Iterable[Case]:
-    """In train and eval mode, one adapter and two, and one that has no rank left."""
+    """In train and eval mode, one adapter and two."""
     for dtype in DTYPES:
         for training in (True, False):
             yield Case(kind, dtype, 8, 5, (3,), (3, 2), bias=True, training=training)
     yield Case(kind, "float32", 8, 5, (3,), (3,))
-    yield Case(kind, "float32", 8, 5, (3,), (0,), alphas=(1.0,))
 
 
 def refusals(setup: Setup) -> dict[str, Callable[[], object]]:

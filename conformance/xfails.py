@@ -62,7 +62,9 @@ def load_xfails(path: Path, ports: Collection[str], today: datetime.date) -> tup
     unknown = set(content) - {"xfail"}
     if unknown:
         raise XfailError(f"{path}: unknown tables {sorted(unknown)}; entries are [[xfail]].")
-    entries = tuple(_entry(path, number, raw) for number, raw in enumerate(content["xfail"], 1))
+    entries = tuple(
+        _entry(path, number, raw) for number, raw in enumerate(content.get("xfail", []), 1)
+    )
     for entry in entries:
         where = f"{path}: {entry.clause} of {entry.port}"
         if entry.clause not in clauses():

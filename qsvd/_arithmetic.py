@@ -11,7 +11,8 @@ saved. `h = x @ Q.T` is computed again rather than kept in half precision, and t
 and `B` are products of fp32 factors accumulated and returned in fp32, whatever the dtype of `x`:
 half-precision products would give them to 5e-4, these give them to 4e-7.
 
-Every step is an ordinary differentiable operation, so a second derivative is right as well.
+Every step is an ordinary differentiable operation, so a second derivative is right as well, or, for
+half precision on CUDA, refused by torch.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**20
 # How many half-precision pieces hold fp32's 24 bits: 3 of 8 bits; 2 of 11 bits leave 2^-22.
 _PIECES = {torch.bfloat16: 3, torch.float16: 2}
+_HAS_OUT_DTYPE = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def wide_blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -75,8 +76,7 @@ def _steps(n: int, width: int) -> Iterator[slice]:
 
 def _multiplies_into_fp32(data: Tensor) -> bool:
     """Whether data can be multiplied as it is: on CUDA, halves by `mm(..., out_dtype=...)`."""
-    has_out_dtype = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
-    return _on_cuda(data) and (data.dtype not in _PIECES or has_out_dtype)
+    return _on_cuda(data) and (data.dtype not in _PIECES or _HAS_OUT_DTYPE)
 
 
 def _on_cuda(t: Tensor) -> bool:

@@ -77,11 +77,15 @@ def bound_gradients(
 
 
 class _Contribution(NamedTuple):
-    """An addend in the io format: value, bound, and non-zero products of its last sum (rows, n)."""
+    """An addend in the io format, (rows, n), with what stacking it with others needs to know.
+
+    terms: non-zero products of its last sum. path: its c |L||C||R|, see `reference.chain`.
+    """
 
     value: F64
     bound: F64
     terms: F64
+    path: F64
 
 
 def _add_to(base: F64, parts: Sequence[_Contribution], arithmetic: Arithmetic) -> Bounded:
@@ -90,6 +94,8 @@ def _add_to(base: F64, parts: Sequence[_Contribution], arithmetic: Arithmetic) -
     N addends that are not zero take N - 1 additions. The last rounds the result, u |y|; the others
     round partial sums, at most |base| + sum |parts| each. If the base starts the accumulator, the
     sums over the rank (of all adapters at once, if they are stacked) round it along: u_a ν |base|.
+    Stacked adapters also share one sum over all their ranks, or one dense weight: each path then
+    meets the other adapters' ν, and K - 1 stores of the sums of K dense weights.
     """
     u, eta = arithmetic.io.roundoff, arithmetic.io.underflow
     value, error = base.copy(), np.zeros_like(base)
@@ -103,9 +109,13 @@ def _add_to(base: F64, parts: Sequence[_Contribution], arithmetic: Arithmetic) -
         addends += np.sign(part.terms)
     additions = np.maximum(addends - 1.0, 0.0)
     partial = ((1.0 + u) ** np.maximum(additions - 1.0, 0.0) - 1.0) * magnitude
-    gamma = terms * arithmetic.accumulator
-    started = gamma / (1.0 - gamma) * np.abs(base)
-    error = error + partial + started
+    ua = arithmetic.accumulator
+    started = ua * terms * np.abs(base)
+    others = np.maximum(addends - (base != 0) - 1.0, 0.0) * arithmetic.store
+    stacked = sum(
+        ((ua * (terms - part.terms) + others) * part.path for part in parts), np.zeros_like(base)
+    )
+    error = error + partial + (started + stacked) / (1.0 - ua * terms)
     last = np.sign(additions) * u * (np.abs(value) + error)
     bound = error + last + additions * eta
     return Bounded(value, np.where(terms > 0, bound, 0.0))
@@ -116,7 +126,9 @@ def _to_io(chain: ChainBound, arithmetic: Arithmetic) -> _Contribution:
     u, eta = arithmetic.io.roundoff, arithmetic.io.underflow
     error = chain.relative + chain.underflow
     error = error + u * (np.abs(chain.value) + error) + eta
-    return _Contribution(chain.value, np.where(chain.terms > 0, error, 0.0), chain.terms)
+    return _Contribution(
+        chain.value, np.where(chain.terms > 0, error, 0.0), chain.terms, chain.path
+    )
 
 
 def _rows(a: F64, width: int) -> F64:

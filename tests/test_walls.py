@@ -35,7 +35,6 @@ EXCEPTIONS = {
 DOORS = {
     ("qsvd", "bitsandbytes"): {"qsvd/_bitsandbytes.py"},
     ("conformance", "reference"): {"conformance/oracle.py"},
-    ("conformance", "bitsandbytes"): {"conformance/case.py"},
 }
 
 

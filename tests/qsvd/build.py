@@ -14,6 +14,7 @@ import qsvd
 Kind = Literal["4bit", "8bit"]
 KINDS: tuple[Kind, ...] = ("4bit", "8bit")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PARAMETERS = ("lora_A", "lora_E", "lora_B")
 U32 = 2.0**-24
 UNIT_ROUNDOFF = {torch.float32: U32, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Half the spacing of the subnormal numbers: what one rounding can lose however small the value.
@@ -113,6 +114,16 @@ def expected(
             "lora_B": (G.T @ (X @ Q.T), dB_bound + UNDERFLOW[torch.float32]),
         },
     )
+
+
+def gradients(
+    layer: qsvd.SVDLayer, x: Tensor, dy: Tensor, name: str = "default"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """dx and the parameters' gradients of one forward and backward, from x (n, in), dy (n, out)."""
+    layer.zero_grad()
+    leaf = x.detach().clone().requires_grad_(True)
+    layer(leaf).backward(dy)
+    return leaf.grad, {p: getattr(layer, p)[name].grad.clone() for p in PARAMETERS}
 
 
 def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:

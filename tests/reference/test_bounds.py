@@ -1,6 +1,7 @@
 """No valid implementation ever exceeds a bound, and the bounds are not much larger than errors."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,9 +96,31 @@ def test_the_declared_roundoff_of_the_accumulator_matters() -> None:
     assert ratio(y, nearest) > 1.8
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS[:6])
+def test_stacked_adapters_are_covered(arithmetic: Arithmetic) -> None:
+    """All adapters as one of the summed rank, c folded into A, dense weights included."""
+    seen = []
+    for seed in range(40):
+        c = case(seed, "cancelling", arithmetic.io.name)
+        several = [replace(a, keep=None, p=0.0) for a in c.adapters]
+        A = np.vstack([a.A * a.c for a in several])
+        E, B = np.vstack([a.E for a in several]), np.hstack([a.B for a in several])
+        stack = Adapter(A, E, B, 1.0, 1.0 - 1e-5)
+        dx, _ = bound_gradients(c.x, several, c.dout, c.base_dx, arithmetic)
+        y = bound_output(c.x, several, c.base, arithmetic)
+        for fold, sums in (("A", "forward"), ("A", "blas"), ("dense", "blocks")):
+            pipeline = Pipeline(arithmetic, fold, "hidden", sums, "accumulator")
+            if in_domain(c.x, [stack], c.base, arithmetic):
+                seen.append(ratio(pipeline.output(c.x, [stack], c.base), y))
+            if gradients_in_domain(c.x, [stack], c.dout, c.base_dx, arithmetic):
+                seen.append(ratio(pipeline.gradients(c.x, [stack], c.dout, c.base_dx)[0], dx))
+    assert len(seen) > 100  # sanity check
+    assert max(seen) <= 1.0
+
+
 @pytest.mark.parametrize("io", ["bfloat16", "float16"])
 def test_three_roundings_in_io_are_all_needed(io: str) -> None:
-    """Cast, times s, over ranknum: of 4,096 outputs of one path, some nearly use up the bound."""
+    """Cast, times s, over ranknum: of 4,096 outputs of one path, some need more than two thirds."""
     rng = np.random.default_rng(0)
     B = round_to(1 + rng.random((4096, 1)), "float32")
     a = Adapter(np.ones((1, 1)), np.ones((1, 1)), B, scaling=1.3, ranknum=1.1)
@@ -105,7 +128,7 @@ def test_three_roundings_in_io_are_all_needed(io: str) -> None:
     x, base = np.ones((1, 1)), np.zeros((1, 4096))
 
     expected = bound_output(x, [a], base, pipeline.arithmetic)
-    assert 0.8 < ratio(pipeline.output(x, [a], base), expected) <= 1.0
+    assert 2 / 3 < ratio(pipeline.output(x, [a], base), expected) <= 1.0
 
 
 def test_the_sums_of_a_dense_weight_are_charged_to_every_path() -> None:

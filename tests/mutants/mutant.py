@@ -1,0 +1,83 @@
+"""What a mutant is: the honest layer with one planted fault, for both base layers, and the clauses it breaks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from conformance.port import Arithmetic, Constructor, Port
+from conformance.spec import Kind
+from tests.mutants import honest
+
+T = TypeVar("T", bound=type[honest.HonestLayer])
+BASES: dict[Kind, type[honest.HonestLayer]] = {
+    "4bit": honest.SVDLinear4bit,
+    "8bit": honest.SVDLinear8bitLt,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug, by name, the port that has it, and the clauses that must notice."""
+
+    name: str
+    port: Port
+    kills: tuple[str, ...]
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def over_both_bases(fault: type[Any]) -> dict[Kind, Constructor]:
+    """The fault mixed into both honest layers, under names by which pickle finds them."""
+    constructors: dict[Kind, Constructor] = {}
+    for kind, base in BASES.items():
+        name = f"{fault.__name__}{kind}"
+        layer = type(name, (fault, base), {"__module__": fault.__module__, "__qualname__": name})
+        setattr(sys.modules[fault.__module__], name, layer)
+        constructors[kind] = layer
+    return constructors
+
+
+def mutant(
+    name: str, kills: tuple[str, ...], arithmetic: Arithmetic = "input"
+) -> Callable[[T], T]:
+    """Enter a faulty layer into the gallery.
+
+    Args:
+        name: the bug, as one would say it.
+        kills: the clauses that must fail, each for at least one kind of base layer.
+        arithmetic: what the port declares; "input" has the wider bounds, and is harder to judge.
+    """
+
+    def enter(fault: T) -> T:
+        if name in MUTANTS:
+            raise ValueError(f"There is a mutant named {name!r} already.")
+        MUTANTS[name] = Mutant(name, Port(name, "0", over_both_bases(fault), arithmetic), kills)
+        return fault
+
+    return enter
+
+
+class _Tampered(torch.autograd.Function):
+    """The identity, but for what its backward makes of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(gradient), None
+
+
+def tampered(t: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """t, whose gradient passes through `change` on its way back."""
+    result: Tensor = _Tampered.apply(t, change)  # type: ignore[no-untyped-call]
+    return result
