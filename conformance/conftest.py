@@ -180,7 +180,9 @@ def pytest_runtest_makereport(
     if call.when != "call" or not isinstance(asked, Trial) or not isinstance(item, pytest.Function):
         return report
     outcome = _outcome(item, asked, call)
-    report.user_properties.extend(outcome.as_properties())
+    # On the item, because JUnit files read the properties off the teardown's report.
+    item.user_properties.extend(outcome.as_properties())
+    report.user_properties = list(item.user_properties)
     if outcome.status in ("fail", "xpass"):
         # A port's author needs the finding, not the suite's stack.
         report.outcome = "failed"

@@ -19,7 +19,7 @@ Kind = Literal["4bit", "8bit"]
 KINDS: tuple[Kind, ...] = ("4bit", "8bit")
 
 SPEC_PATH = Path(__file__).with_name("SPEC.md")
-_VERSION = re.compile(r"Specification version (\S+)\.$", re.MULTILINE)
+_VERSION = re.compile(r"^Specification version (\d+\.\d+)\.", re.MULTILINE)
 _CHAPTER = re.compile(r"^## (.+)$")
 _ROW = re.compile(r"^\| ([A-Z]+-\d+) \| (MUST|SHOULD) \| (.+?) \| (.+?) \|$")
 
@@ -60,7 +60,7 @@ def spec_version() -> str:
     """The version that SPEC.md declares in its head."""
     match = _VERSION.search(SPEC_PATH.read_text(encoding="utf-8"))
     if match is None:
-        raise ValueError("SPEC.md does not say `Specification version N.` in its head.")
+        raise ValueError("SPEC.md does not say `Specification version 1.0.` in its head.")
     return match[1]
 
 

@@ -236,12 +236,11 @@ class Trial:
         raise Violation(f"{what} is accepted; expected {names}.")
 
     def _assert_tensor(self, what: str, got: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-        self.assert_that(got is not None, f"{what} is None: it was not computed.")
-        assert got is not None
-        self.assert_that(
-            tuple(got.shape) == tuple(shape),
-            f"{what} has shape {tuple(got.shape)}, expected {tuple(shape)}.",
-        )
+        """There is something to compare: not counted, since it compares nothing yet."""
+        if got is None:
+            raise Violation(f"{what} is None: it was not computed.")
+        if tuple(got.shape) != tuple(shape):
+            raise Violation(f"{what} has shape {tuple(got.shape)}, expected {tuple(shape)}.")
 
     def require(self, condition: bool, reason: str) -> None:
         """Ask the clause only where it can be asked.
@@ -332,7 +331,8 @@ class Setup:
         target = self.layer if layer is None else layer
         with _quiet():
             y: torch.Tensor = target(self.x if x is None else x)
-        self.trial.assert_that(isinstance(y, torch.Tensor), f"y is a {type(y).__name__}.")
+        if not isinstance(y, torch.Tensor):
+            raise Violation(f"y is a {type(y).__name__}, expected a tensor.")
         return y
 
     def run(

@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from tests.mutants import honest
 
 from conformance.case import Case
 from conformance.oracle import Bounded
@@ -15,6 +14,7 @@ from conformance.port import port_from_module
 from conformance.spec import clause
 from conformance.trial import NotApplicable, Trial, run_clause
 from conformance.violation import Violation
+from tests.mutants import honest
 
 HONEST = port_from_module(honest, "honest")
 CASE = Case("4bit", batch=(2,))
@@ -35,6 +35,17 @@ def test_a_test_that_compares_nothing_fails() -> None:
 
     with pytest.raises(Violation, match="never compared anything"):
         run_clause(test_lazy, trial())
+
+
+def test_a_call_alone_compares_nothing() -> None:
+    @clause("FWD-1")
+    def test_calls(trial: Trial) -> None:
+        trial.check(lambda case: void(trial.build(case).forward()), [CASE])
+
+    def void(_y: object) -> None: ...
+
+    with pytest.raises(Violation, match="never compared anything"):
+        run_clause(test_calls, trial())
 
 
 def test_a_test_that_never_calls_the_port_fails() -> None:
@@ -62,7 +73,7 @@ def test_the_worst_ratio_is_kept() -> None:
     asked.assert_within("y", torch.tensor([1.05]), bounded(1.0, 0.1))
     asked.assert_within("y", torch.tensor([1.01]), bounded(1.0, 0.1))
     assert asked.worst_ratio == pytest.approx(0.5, rel=1e-5)  # 1.05 is rounded to fp32
-    assert asked.compared == 4
+    assert asked.compared == 2
 
 
 def test_a_wrong_shape_is_no_match() -> None:

@@ -39,8 +39,13 @@ def profile_for(clause: str) -> Profile:
 
 def ask(clause: str, port: Port, kind: Kind, seed: int = 0, profile: Profile | None = None) -> str:
     """What the clause has against the port: nothing, or the violation's text."""
-    (test,) = tests_by_clause()[clause]
     trial = Trial(port=port, kind=kind, profile=profile or profile_for(clause), seed=seed)
+    return verdict(clause, trial)
+
+
+def verdict(clause: str, trial: Trial) -> str:
+    """What the clause has against the trial's port: nothing, or the violation's text."""
+    (test,) = tests_by_clause()[clause]
     try:
         run_clause(test, trial)
     except NotApplicable:

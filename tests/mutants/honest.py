@@ -21,9 +21,9 @@ REFUSAL = (
 class HonestLayer(nn.Module):
     """AdaLoRA adapters over a quantised base layer; adapters compute in fp32, as PEFT's do.
 
-        y = base(x) + sum of (dropout(x) @ (A * E).T @ B.T) * scaling / (ranknum + 1e-5)
+    y = base(x) + sum of (dropout(x) @ (A * E).T @ B.T) * scaling / (ranknum + 1e-5)
 
-        x (..., in)   A (r, in)   E (r, 1)   B (out, r)   y (..., out)
+    x (..., in)   A (r, in)   E (r, 1)   B (out, r)   y (..., out)
     """
 
     base_type: ClassVar[type[nn.Module]] = nn.Module
@@ -67,8 +67,19 @@ class HonestLayer(nn.Module):
         return y
 
     def base_output(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
+        """base(x); left to itself, bitsandbytes would round a bias of another dtype for good."""
+        bias, dtype = self.base_layer.bias, self.bias_dtype(x)
+        given = {} if bias is None or bias.dtype == dtype else {"bias": bias.to(dtype)}
+        y: Tensor = (
+            torch.func.functional_call(self.base_layer, given, (x,))
+            if given
+            else self.base_layer(x)
+        )
         return y
+
+    def bias_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the base layer adds its bias."""
+        return x.dtype
 
     def active(self) -> Sequence[str]:
         return self.active_adapters
@@ -127,11 +138,11 @@ class HonestLayer(nn.Module):
         return alpha if alpha > 0 else float(r)
 
     def reset(self, name: str, identity: bool) -> None:
-        nn.init.normal_(self.lora_A[name], 0.0, self.deviation)
-        nn.init.normal_(self.lora_B[name], 0.0, self.deviation)
-        nn.init.zeros_(self.lora_E[name])
-        if not identity:
-            nn.init.normal_(self.lora_E[name], 0.0, self.deviation)
+        # As in PEFT: what is not the identity is of order one, and visible in every dtype.
+        deviation = self.deviation if identity else 1.0
+        nn.init.normal_(self.lora_A[name], 0.0, deviation)
+        nn.init.normal_(self.lora_B[name], 0.0, deviation)
+        nn.init.normal_(self.lora_E[name], 0.0, 0.0 if identity else deviation)
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         wanted = [names] if isinstance(names, str) else list(names)
@@ -200,6 +211,13 @@ class HonestLayer(nn.Module):
 
 class SVDLinear4bit(HonestLayer):
     base_type = Linear4bit
+
+    def bias_dtype(self, x: Tensor) -> torch.dtype:
+        base = self.base_layer
+        # A layer that was given no compute dtype takes that of its first input.
+        latches = not base.compute_type_is_set and x.dtype != torch.float16
+        dtype: torch.dtype = x.dtype if latches else base.compute_dtype or x.dtype
+        return dtype
 
     def load_base(self, state: dict[str, Any], prefix: str) -> None:
         start = f"{prefix}weight."

@@ -44,9 +44,7 @@ def over_both_bases(fault: type[Any]) -> dict[Kind, Constructor]:
     return constructors
 
 
-def mutant(
-    name: str, kills: tuple[str, ...], arithmetic: Arithmetic = "input"
-) -> Callable[[T], T]:
+def mutant(name: str, kills: tuple[str, ...], arithmetic: Arithmetic = "input") -> Callable[[T], T]:
     """Enter a faulty layer into the gallery.
 
     Args:

@@ -1,0 +1,30 @@
+"""The gallery: every mutant, gathered from the files that hold one chapter's faults each."""
+
+from __future__ import annotations
+
+from tests.mutants import (
+    adapter_faults,
+    boundary_faults,
+    dropout_faults,
+    dtype_faults,
+    forward_faults,
+    gradient_faults,
+    initialisation_faults,
+    scaling_faults,
+    state_faults,
+)
+from tests.mutants.mutant import MUTANTS
+
+CHAPTERS = (
+    forward_faults,
+    boundary_faults,
+    gradient_faults,
+    dropout_faults,
+    scaling_faults,
+    initialisation_faults,
+    adapter_faults,
+    dtype_faults,
+    state_faults,
+)
+
+__all__ = ["CHAPTERS", "MUTANTS"]
