@@ -70,7 +70,7 @@ def test_there_are_enough_clauses_and_a_version() -> None:
 
 
 def test_an_unknown_clause_is_refused() -> None:
-    with pytest.raises(ValueError, match="SPEC.md has no clause FWD-999"):
+    with pytest.raises(ValueError, match=r"SPEC.md has no clause FWD-999"):
         clause("FWD-999")
 
 

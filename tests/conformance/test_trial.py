@@ -106,7 +106,7 @@ def test_an_exception_of_the_port_is_a_violation_that_names_the_case() -> None:
     def test_it(trial: Trial) -> None:
         trial.check(lambda case: trial.build(case), [CASE])
 
-    with pytest.raises(Violation, match="RuntimeError.*no such kernel") as caught:
+    with pytest.raises(Violation, match=r"RuntimeError.*no such kernel") as caught:
         run_clause(test_it, Trial(port=port_from_module(broken, "broken"), kind="4bit"))
     assert caught.value.case == CASE
     assert caught.value.clause is not None

@@ -1,4 +1,4 @@
-"""What a mutant is: the honest layer with one planted fault, for both base layers, and the clauses it breaks."""
+"""What a mutant is: the honest layer with one planted fault, and the clauses that it breaks."""
 
 from __future__ import annotations
 
