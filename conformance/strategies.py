@@ -65,7 +65,12 @@ def cases(
             seed=st.integers(0, 2**16),
         )
 
-    return st.integers(1, adapters).flatmap(settings_of)
+    # bitsandbytes takes a 4-bit weight of a single byte for a transposed one, and its backward fails.
+    return (
+        st.integers(1, adapters)
+        .flatmap(settings_of)
+        .filter(lambda case: case.in_features * case.out_features > 2)
+    )
 
 
 def probes(

@@ -18,7 +18,8 @@ from conformance.trial import Trial
 from tests.mutants.asking import kinds, verdict
 from tests.mutants.variants import VARIANTS
 
-SEEDS = (0, 1, 2)
+# Not 0: that is the seed of every other run.
+SEEDS = (1, 2)
 
 
 class Searching(Trial):
