@@ -373,6 +373,7 @@ def test_every_row_of_a_large_batch(trial: Trial) -> None:
 def test_ragged_shapes(trial: Trial) -> None:
     shapes = [
         (2, 1, 1),
+        (5, 4, 1),
         (3, 5, 8),
         (5, 2, 3),
         (17, 33, 17),

@@ -73,15 +73,15 @@ def _lora(case: Case, rng: Generator) -> Data:
 
 
 def _heavy(case: Case, rng: Generator) -> Data:
-    """Heavy tails and one outlier feature of 20 to 60, as in transformers' activations."""
+    """Heavy tails, and one outlier feature of up to 300, as in transformers' activations."""
     data = _gaussian(case, rng)
     x = data.x * np.exp(rng.normal(0.0, 1.0, data.x.shape))
-    x[..., rng.integers(case.in_features)] *= 20.0
+    x[..., rng.integers(case.in_features)] *= 60.0
     heavy = tuple(
         AdapterValues(*(v * np.exp(rng.normal(0.0, 1.0, v.shape)) for v in (a.A, a.E, a.B)))
         for a in data.adapters
     )
-    x = np.clip(x, -60.0, 60.0)
+    x = np.clip(x, -300.0, 300.0)
     return Data(data.weight, data.bias, x, data.dout, heavy)
 
 

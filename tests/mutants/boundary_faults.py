@@ -182,7 +182,7 @@ class QuantisesWideInputs(HonestLayer):
         return x + ((x.detach() / step).round() * step - x.detach())
 
 
-@mutant("saturates activations at 100", kills=("DTYPE-8",))
+@mutant("saturates activations at 100", kills=("FWD-1",))
 class SaturatesX(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         return super().dropped(x.clamp(-100.0, 100.0), name)
