@@ -22,7 +22,7 @@ ON_REAL_WEIGHTS = ("FWD-23", "GRAD-19")
 
 
 @cache
-def tests_by_clause() -> dict[str, list[Test]]:
+def by_clause() -> dict[str, list[Test]]:
     """All the test functions of the conformance suite, by the clause that they decide."""
     found: dict[str, list[Test]] = {}
     for path in sorted(Path(conformance.__file__).parent.glob("test_*.py")):
@@ -45,7 +45,7 @@ def ask(clause: str, port: Port, kind: Kind, seed: int = 0, profile: Profile | N
 
 def verdict(clause: str, trial: Trial) -> str:
     """What the clause has against the trial's port: nothing, or the violation's text."""
-    (test,) = tests_by_clause()[clause]
+    (test,) = by_clause()[clause]
     try:
         run_clause(test, trial)
     except NotApplicable:
@@ -56,7 +56,7 @@ def verdict(clause: str, trial: Trial) -> str:
 
 
 def kinds(clause: str) -> tuple[Kind, ...]:
-    (test,) = tests_by_clause()[clause]
+    (test,) = by_clause()[clause]
     return tuple(k for k in KINDS if k in kinds_of(test))
 
 

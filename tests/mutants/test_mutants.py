@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conformance.spec import clauses
-from tests.mutants.asking import findings, tests_by_clause
+from tests.mutants.asking import by_clause, findings
 from tests.mutants.gallery import MUTANTS
 from tests.mutants.mutant import Mutant
 
@@ -25,7 +25,7 @@ def _global_state() -> Iterator[None]:
 
 
 def test_every_clause_has_one_test() -> None:
-    assert {c: len(tests) for c, tests in tests_by_clause().items()} == dict.fromkeys(clauses(), 1)
+    assert {c: len(tests) for c, tests in by_clause().items()} == dict.fromkeys(clauses(), 1)
 
 
 def test_every_clause_is_claimed_by_a_mutant() -> None:
