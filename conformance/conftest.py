@@ -108,7 +108,9 @@ def pytest_configure(config: pytest.Config) -> None:
         seed=config.getoption("--seed"),
         case=_case(config.getoption("--case")),
         reports=_report_paths(config.getoption("--report") or []),
-        xfails=_xfails(config.getoption("--xfails-file") or [], ports),
+        xfails=_xfails(
+            config.getoption("--xfails-file") or [], ports, _device(config.getoption("--device"))
+        ),
     )
     for identifier in config.getoption("--clause") or []:
         if identifier not in clauses():
@@ -368,12 +370,13 @@ def _case(text: str | None) -> Case | None:
         raise pytest.UsageError(f"--case: {error}") from None
 
 
-def _xfails(files: list[str], ports: dict[str, Port]) -> tuple[Xfail, ...]:
+def _xfails(files: list[str], ports: dict[str, Port], device: torch.device) -> tuple[Xfail, ...]:
     try:
         return tuple(
             entry
             for file in files
             for entry in load_xfails(Path(file), ports, datetime.date.today())
+            if entry.applies(device)
         )
     except XfailError as error:
         raise pytest.UsageError(str(error)) from None

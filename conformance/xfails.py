@@ -4,6 +4,7 @@
     port = "conformance.ports.peft"
     clause = "DTYPE-1"
     layer = "8bit"                       # optional: both layers without it
+    only_on = "cpu"                      # optional: or "cuda", or "avx512_bf16"; everywhere without it
     reason = "returns fp32 for bf16 and fp16 inputs"
     link = "docs/defects/peft_8bit_returns_float32_for_half_inputs.py"
     expires = 2027-06-30
@@ -19,7 +20,10 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.functional import has_avx512bf16
 
 from conformance.spec import KINDS, Kind, clauses
 
@@ -27,6 +31,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+PLACES = ("cpu", "cuda", "avx512_bf16")
 
 
 class XfailError(Exception):
@@ -43,6 +50,13 @@ class Xfail:
     link: str
     expires: datetime.date
     layer: Kind | None = None
+    only_on: Literal["cpu", "cuda", "avx512_bf16"] | None = None
+
+    def applies(self, device: torch.device) -> bool:
+        """Whether the failure is known on this machine."""
+        if self.only_on == "avx512_bf16":
+            return device.type == "cpu" and bool(has_avx512bf16())
+        return self.only_on in (None, device.type)
 
     def covers(self, port: str, clause: str, kind: Kind) -> bool:
         return (self.port, self.clause) == (port, clause) and self.layer in (None, kind)
@@ -82,10 +96,12 @@ def _entry(path: Path, number: int, raw: dict[str, Any]) -> Xfail:
     needed = {"port", "clause", "reason", "link", "expires"}
     if missing := needed - set(raw):
         raise XfailError(f"{where} lacks {sorted(missing)}.")
-    if unknown := set(raw) - needed - {"layer"}:
+    if unknown := set(raw) - needed - {"layer", "only_on"}:
         raise XfailError(f"{where} has unknown keys {sorted(unknown)}.")
     if raw.get("layer", KINDS[0]) not in KINDS:
         raise XfailError(f"{where}: `layer` is {raw['layer']!r}; it must be one of {KINDS}.")
+    if raw.get("only_on", PLACES[0]) not in PLACES:
+        raise XfailError(f"{where}: `only_on` is {raw['only_on']!r}; it must be one of {PLACES}.")
     expires = raw["expires"]
     if not isinstance(expires, datetime.date) or isinstance(expires, datetime.datetime):
         raise XfailError(f"{where}: `expires` must be a date such as 2027-06-30, got {expires!r}.")

@@ -6,6 +6,7 @@ import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from conformance.xfails import XfailError, load_xfails
 
@@ -34,6 +35,18 @@ def test_an_entry_covers_its_port_clause_and_layer(tmp_path: Path) -> None:
     assert not entry.covers("other", "DTYPE-1", "8bit")  # type: ignore[attr-defined]
 
 
+def test_an_entry_may_be_about_some_machines_only(tmp_path: Path) -> None:
+    (everywhere,) = load(tmp_path, ENTRY)
+    (cpu,) = load(tmp_path, ENTRY + 'only_on = "cpu"\n')
+    (packed,) = load(tmp_path, ENTRY + 'only_on = "avx512_bf16"\n')
+    here, there = torch.device("cpu"), torch.device("cuda")
+    assert everywhere.applies(here)  # type: ignore[attr-defined]
+    assert everywhere.applies(there)  # type: ignore[attr-defined]
+    assert cpu.applies(here)  # type: ignore[attr-defined]
+    assert not cpu.applies(there)  # type: ignore[attr-defined]
+    assert not packed.applies(there)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -44,6 +57,7 @@ def test_an_entry_covers_its_port_clause_and_layer(tmp_path: Path) -> None:
         (('"8bit"', '"16bit"'), "`layer` is '16bit'"),
         (('reason = "returns fp32"', ""), "lacks \\['reason'\\]"),
         (('reason = "returns fp32"', 'reason = ""'), "must be a text that is not empty"),
+        (("link =", 'only_on = "tpu"\nlink ='), "`only_on` is 'tpu'"),
         (("link =", "lnk = 1\nlink ="), "unknown keys \\['lnk'\\]"),
         (("[[xfail]]", "[[xfial]]"), "unknown tables \\['xfial'\\]"),
         (("[[xfail]]", "[[xfail"), "known.toml"),
