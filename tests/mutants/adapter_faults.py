@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,8 +160,8 @@ class TakesEmptyNames(HonestLayer):
         super().check(name or "empty", r, dropout)
 
 
-@mutant("keeps its scalings in a tensor", kills=("ADPT-8",))
-class ScalingIsATensor(HonestLayer):
+@mutant("does not say its ranks", kills=("ADPT-8",))
+class ForgetsRanks(HonestLayer):
     def update_layer(self, *arguments: Any, **named: Any) -> None:
         super().update_layer(*arguments, **named)
         del self.r[arguments[0]]
@@ -181,8 +182,6 @@ class SpellsOtherwise(HonestLayer):
 
 def _called_from_here() -> bool:
     """Whether the layer's own code asks, two frames up."""
-    import sys
-
     return sys._getframe(2).f_globals["__name__"].startswith("tests.mutants")
 
 

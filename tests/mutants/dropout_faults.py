@@ -135,7 +135,7 @@ class Always(HonestLayer):
     dropout_type = _Always
 
 
-@mutant("gives the base layer the dropped x", kills=("DROP-5", "FWD-20"))
+@mutant("gives the base layer the dropped x", kills=("DROP-5",))
 class DropsForBase(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         name = self.active_adapters[0]
@@ -145,9 +145,6 @@ class DropsForBase(HonestLayer):
             return super().forward(x)
         finally:
             self.lora_dropout[name] = drop
-
-    def base_output(self, x: Tensor) -> Tensor:
-        return super().base_output(x * 1.001)
 
 
 class _SharedRows(_Dropout):

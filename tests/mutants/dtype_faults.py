@@ -110,14 +110,11 @@ class SumsRanksInHalf(AccumulatesInHalf):
         return total.float()
 
 
-@mutant("computes under the caller's autocast", kills=("DTYPE-2",))
-class UnderAutocast(HonestLayer):
+@mutant("scales otherwise under autocast", kills=("DTYPE-2",))
+class OtherUnderAutocast(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
-        A, E, B = self.triplets(name)
-        hidden = linear(self.dropped(x, name), A * E).mul(1.0 + 2.0**-6)
         autocast = torch.is_autocast_enabled(x.device.type)
-        exact = linear(self.dropped(x, name), A * E)
-        return linear(hidden if autocast else exact, B).float() * self.factor(name)
+        return super().delta(x, name) * (1.05 if autocast else 1.0)
 
 
 @mutant("sets torch's default dtype", kills=("DTYPE-9",))

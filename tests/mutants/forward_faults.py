@@ -179,8 +179,8 @@ class AddsInPlace(HonestLayer):
         return result
 
 
-@mutant("folds rounding into the bias", kills=("FWD-13", "INIT-5"))
-class RoundsBias(HonestLayer):
+@mutant("scales the bias for good", kills=("FWD-13", "INIT-5"))
+class ScalesBias(HonestLayer):
     def adopt(self, base: torch.nn.Module) -> None:
         super().adopt(base)
         if isinstance(base.bias, Tensor):

@@ -87,7 +87,7 @@ class SlightlyOffDB(_Tampers):
         return tampered(t, lambda g: g * 1.0001) if part == "B" else t
 
 
-@mutant("gradients are clipped at one", kills=("GRAD-2", "GRAD-5"))
+@mutant("gradients are clipped at a tenth", kills=("GRAD-2", "GRAD-5"))
 class Clips(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g.clamp(-0.1, 0.1))

@@ -28,7 +28,7 @@ class StartsLikeLora(HonestLayer):
         nn.init.zeros_(self.lora_B[name])
 
 
-@mutant("starts E at a millionth", kills=("INIT-1", "INIT-2"))
+@mutant("starts E near zero", kills=("INIT-1", "INIT-2"))
 class StartsNearZero(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -46,17 +46,13 @@ class TransposedB(HonestLayer):
         return A, E, B.T
 
 
-class _Deviates(HonestLayer):
-    deviation = 0.02
-
-
-@mutant("draws with a deviation of 0.0205", kills=("INIT-3",))
-class WiderDraw(_Deviates):
+@mutant("draws with a deviation of 0.0215", kills=("INIT-3",))
+class WiderDraw(HonestLayer):
     deviation = 0.0215
 
 
 @mutant("draws with a variance of 0.02", kills=("INIT-3",))
-class VarianceForDeviation(_Deviates):
+class VarianceForDeviation(HonestLayer):
     deviation = math.sqrt(0.02)
 
 
@@ -205,11 +201,8 @@ class FreezesFirst(HonestLayer):
         super().check_base(base)
 
 
-@mutant("switches to eval mode before it refuses", kills=("INIT-10",))
+@mutant("switches the mode before it refuses", kills=("INIT-10",))
 class EvaluatesFirst(HonestLayer):
-    def check(self, name: str, r: int, dropout: float) -> None:
-        super().check(name, r, dropout)
-
     def check_base(self, base: nn.Module) -> None:
         base.train(not base.training)
         super().check_base(base)
