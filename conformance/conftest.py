@@ -101,16 +101,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     ports = _load_ports(config.getoption("--port") or [DEFAULT_PORT])
+    device = _device(config.getoption("--device"))
     config.stash[SESSION] = Session(
         ports=ports,
-        device=_device(config.getoption("--device")),
+        device=device,
         profile=_profile(config),
         seed=config.getoption("--seed"),
         case=_case(config.getoption("--case")),
         reports=_report_paths(config.getoption("--report") or []),
-        xfails=_xfails(
-            config.getoption("--xfails-file") or [], ports, _device(config.getoption("--device"))
-        ),
+        xfails=_xfails(config.getoption("--xfails-file") or [], ports, device),
     )
     for identifier in config.getoption("--clause") or []:
         if identifier not in clauses():
