@@ -182,8 +182,8 @@ def pytest_runtest_makereport(
         return report
     outcome = _outcome(item, asked, call)
     # On the item, because JUnit files read the properties off the teardown's report.
-    item.user_properties.extend(outcome.as_properties())
-    report.user_properties = list(item.user_properties)
+    item.user_properties.extend(outcome.for_junit())
+    report.user_properties = [*report.user_properties, *outcome.as_properties()]
     if outcome.status in ("fail", "xpass"):
         # A port's author needs the finding, not the suite's stack.
         report.outcome = "failed"
@@ -285,6 +285,7 @@ def _found(item: pytest.Function, asked: Trial, call: pytest.CallInfo[None]) -> 
         examples=asked.examples,
         compared=asked.compared,
         worst_ratio=asked.worst_ratio,
+        margins=asked.margins,
     )
     if call.excinfo is None:
         return outcome

@@ -20,6 +20,7 @@ from torch import nn
 
 from conformance import oracle
 from conformance.case import Case, Data, as_dtype, as_float64, build_base
+from conformance.margin import Margin, margins
 from conformance.oracle import Bounded
 from conformance.port import Port
 from conformance.profile import QUICK, Profile
@@ -51,7 +52,8 @@ class Trial:
     """One clause, one port, one kind of layer: the hand through which a test touches the port.
 
     `calls` counts calls of the port, `compared` the elements and facts that were compared: a test
-    that ends with either at zero has checked nothing, and fails.
+    that ends with either at zero has checked nothing, and fails. `ratios` holds, by the case's
+    dtype, the largest error / bound of each bounded comparison.
     """
 
     port: Port
@@ -64,6 +66,7 @@ class Trial:
     compared: int = 0
     examples: int = 0
     worst_ratio: float = 0.0
+    ratios: dict[str, list[float]] = field(default_factory=dict)
     _case: Case | None = None
 
     # --- meeting the port -----------------------------------------------------------------------
@@ -181,9 +184,21 @@ class Trial:
         if observed.size:
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.where(error == 0, 0.0, error / expected.bound)
-            self.worst_ratio = max(self.worst_ratio, float(np.nan_to_num(ratio, nan=np.inf).max()))
+            self._record(got, float(np.nan_to_num(ratio, nan=np.inf).max()))
         if bad.any():
             raise Violation(describe_elements(what, observed, expected.value, expected.bound, bad))
+
+    def _record(self, got: torch.Tensor, ratio: float) -> None:
+        """Keep the largest error / bound of one comparison."""
+        self.worst_ratio = max(self.worst_ratio, ratio)
+        # The case's dtype decides the bound, also that of a gradient which is stored in fp32.
+        dtype = self._case.dtype if self._case else str(got.dtype).removeprefix("torch.")
+        self.ratios.setdefault(dtype, []).append(ratio)
+
+    @property
+    def margins(self) -> tuple[Margin, ...]:
+        """How near the bounded comparisons came to their bounds, by dtype."""
+        return margins(self.ratios)
 
     def assert_same_bits(
         self,

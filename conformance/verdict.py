@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from conformance.margin import Margin
 from conformance.spec import Clause, Kind, clauses
 
 Status = Literal["pass", "fail", "xfail", "xpass", "skip", "not-provided"]
@@ -18,8 +19,9 @@ _GRAVITY: Sequence[Status] = ("fail", "xpass", "xfail", "pass", "skip", "not-pro
 class Outcome:
     """One clause asked of one layer of one port.
 
-    `worst_ratio` is the largest observed error / bound; `message` says what was wrong, or why the
-    clause was not asked; `reproduce` is the command line that shows it again.
+    `worst_ratio` is the largest observed error / bound, and `margins` how they are distributed;
+    `message` says what was wrong, or why the clause was not asked; `reproduce` is the command line
+    that shows it again.
     """
 
     port: str
@@ -31,10 +33,24 @@ class Outcome:
     worst_ratio: float = 0.0
     message: str = ""
     reproduce: str = ""
+    margins: tuple[Margin, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Other processes send margins as plain data.
+        given = (m if isinstance(m, Margin) else Margin(**m) for m in self.margins)
+        object.__setattr__(self, "margins", tuple(given))
 
     def as_properties(self) -> list[tuple[str, object]]:
-        """For pytest's `user_properties`: they reach JUnit files and other processes."""
+        """For pytest's `user_properties`: plain data, which reaches other processes."""
         return list(asdict(self).items())
+
+    def for_junit(self) -> list[tuple[str, object]]:
+        """What a JUnit file says of the clause: values of a line each.
+
+        The message is the test case's own text there, and nobody reads histograms in XML.
+        """
+        told = {k: v for k, v in self.as_properties() if k not in ("message", "margins")}
+        return [*told.items(), ("level", clauses()[self.clause].level)]
 
     @classmethod
     def from_properties(cls, properties: Iterable[tuple[str, Any]]) -> Outcome | None:

@@ -24,8 +24,9 @@ def trial() -> Trial:
     return Trial(port=HONEST, kind="4bit")
 
 
-def bounded(value: float, bound: float) -> Bounded:
-    return Bounded(np.array([value]), np.array([bound]))
+def bounded(value: float | list[float], bound: float) -> Bounded:
+    expected = np.atleast_1d(np.array(value, dtype=np.float64))
+    return Bounded(expected, np.full_like(expected, bound))
 
 
 def test_a_test_that_compares_nothing_fails() -> None:
@@ -74,6 +75,30 @@ def test_the_worst_ratio_is_kept() -> None:
     asked.assert_within("y", torch.tensor([1.01]), bounded(1.0, 0.1))
     assert asked.worst_ratio == pytest.approx(0.5, rel=1e-5)  # 1.05 is rounded to fp32
     assert asked.compared == 2
+
+
+def test_margins_are_kept_by_the_dtype_of_the_case() -> None:
+    asked = trial()
+
+    def body(case: Case) -> None:
+        # fp32, as the parameters' gradients are in every case: the case's dtype is what counts.
+        asked.assert_within("dE", torch.tensor([1.03125, 1.0]), bounded([1.0, 1.0], 0.125))
+
+    for dtype in ("float32", "bfloat16", "bfloat16"):
+        asked.example(Case("4bit", dtype), body)
+    with pytest.raises(Violation):
+        asked.assert_within("y", torch.tensor([2.0]), bounded(1.0, 0.125))
+    half, single = asked.margins
+    assert (half.dtype, half.count, half.median, half.worst) == ("bfloat16", 3, 0.25, 8.0)
+    assert (half.bins[5], half.bins[-1], sum(half.bins)) == (2, 1, 3)
+    assert (single.dtype, single.count, single.worst) == ("float32", 1, 0.25)
+
+
+def test_exact_and_empty_comparisons_have_no_margin() -> None:
+    asked = trial()
+    asked.assert_same_bits("y", torch.ones(3), torch.ones(3))
+    asked.assert_within("y", torch.ones(0), bounded([], 0.1))
+    assert asked.margins == ()
 
 
 def test_a_wrong_shape_is_no_match() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from conformance.margin import Margin
 from conformance.terminal import render
 from conformance.verdict import Outcome, PortVerdict, as_json
 
@@ -62,6 +63,18 @@ def test_outcomes_travel_as_properties() -> None:
     sent = outcome("FWD-1", "4bit", "fail", message="off", worst_ratio=2.5)
     assert Outcome.from_properties(sent.as_properties()) == sent
     assert Outcome.from_properties([("unrelated", 1)]) is None
+
+
+def test_margins_travel_as_plain_data() -> None:
+    margin = Margin.of("bfloat16", [0.3, 2.5])
+    sent = outcome("FWD-1", "4bit", "fail", margins=(margin,))
+    assert Outcome.from_properties(json.loads(json.dumps(sent.as_properties()))) == sent
+
+
+def test_junit_gets_short_values_and_the_level() -> None:
+    told = dict(outcome("INIT-7", "4bit", "fail", message="x" * 9999).for_junit())
+    assert (told["clause"], told["level"], told["status"]) == ("INIT-7", "SHOULD", "fail")
+    assert not {"message", "margins"} & set(told)
 
 
 def test_the_table_shows_every_verdict_in_a_narrow_terminal() -> None:
