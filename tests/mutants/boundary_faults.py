@@ -24,39 +24,44 @@ class _WrongFromRow(HonestLayer):
         return (rows * kept).view(delta.shape)
 
 
-@mutant("forgets row 16 of a batch", kills=("FWD-16",))
+@mutant("forgets row 16 of a batch", kills=("FWD-16",), kind="boundary", only="17 rows")
 class Row16(_WrongFromRow):
     row = 16
 
 
-@mutant("forgets row 32 of a batch", kills=("FWD-16",))
+@mutant("forgets row 32 of a batch", kills=("FWD-16",), kind="boundary", only="33 rows")
 class Row32(_WrongFromRow):
     row = 32
 
 
-@mutant("forgets row 64 of a batch", kills=("FWD-16",))
+@mutant("forgets row 64 of a batch", kills=("FWD-16",), kind="boundary", only="65 rows")
 class Row64(_WrongFromRow):
     row = 64
 
 
-@mutant("forgets row 128 of a batch", kills=("FWD-16",))
+@mutant("forgets row 128 of a batch", kills=("FWD-16",), kind="boundary", only="129 rows")
 class Row128(_WrongFromRow):
     row = 128
 
 
-@mutant("forgets row 1024 of a batch", kills=("FWD-16",))
+@mutant("forgets row 1024 of a batch", kills=("FWD-16",), kind="boundary")
 class Row1024(_WrongFromRow):
     row = 1024
 
 
-@mutant("reads blocks of eight inputs and forgets the remainder", kills=("FWD-1", "FWD-17"))
+@mutant(
+    "reads blocks of eight inputs and forgets the remainder",
+    kills=("FWD-1", "FWD-17"),
+    kind="boundary",
+    only="in not a multiple of 64",
+)
 class ForgetsRaggedInputs(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         whole = max(1, x.shape[-1] // 8 * 8)
         return super().product(x[..., :whole], A[:, :whole], E, B)
 
 
-@mutant("writes blocks of 64 outputs and forgets the remainder", kills=("FWD-17",))
+@mutant("writes blocks of 64 outputs and forgets the remainder", kills=("FWD-17",), kind="boundary")
 class ForgetsRaggedOutputs(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         delta = super().product(x, A, E, B)
@@ -66,21 +71,23 @@ class ForgetsRaggedOutputs(HonestLayer):
         return torch.cat([delta[..., :whole], torch.zeros_like(delta[..., whole:])], dim=-1)
 
 
-@mutant("uses no more ranks than inputs", kills=("FWD-17",))
+@mutant("uses no more ranks than inputs", kills=("FWD-17",), kind="boundary", only="r > in")
 class RankUpToInputs(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         r = A.shape[1]
         return super().product(x, A[:r], E[:r], B[:, :r])
 
 
-@mutant("uses no more ranks than outputs", kills=("FWD-17",))
+@mutant("uses no more ranks than outputs", kills=("FWD-17",), kind="boundary", only="r > out")
 class RankUpToOutputs(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         r = B.shape[0]
         return super().product(x, A[:r], E[:r], B[:, :r])
 
 
-@mutant("squeezes a rank of one away", kills=("FWD-2", "FWD-3", "FWD-17"))
+@mutant(
+    "squeezes a rank of one away", kills=("FWD-2", "FWD-3", "FWD-17"), kind="boundary", only="r = 1"
+)
 class RankOne(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         delta = super().product(x, A, E, B)
@@ -95,24 +102,24 @@ class _Bias(HonestLayer):
         return y if bias is None else y + self.times * bias.to(y.dtype)
 
 
-@mutant("adds the bias twice", kills=("FWD-18", "FWD-4"))
+@mutant("adds the bias twice", kills=("FWD-18", "FWD-4"), kind="arithmetic")
 class BiasTwice(_Bias):
     times = 1.0
 
 
-@mutant("leaves the bias out", kills=("FWD-18", "FWD-4"))
+@mutant("leaves the bias out", kills=("FWD-18", "FWD-4"), kind="arithmetic")
 class NoBias(_Bias):
     times = -1.0
 
 
-@mutant("scales the bias with the update", kills=("FWD-18",))
+@mutant("scales the bias with the update", kills=("FWD-18",), kind="arithmetic")
 class BiasPerAdapter(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         delta, bias = super().delta(x, name), self.base_layer.bias
         return delta if bias is None else delta + 0.01 * bias.float()
 
 
-@mutant("drifts from call to call", kills=("FWD-19",))
+@mutant("drifts from call to call", kills=("FWD-19",), kind="state", only="second call")
 class Drifts(HonestLayer):
     calls = 0
 
@@ -121,7 +128,7 @@ class Drifts(HonestLayer):
         return super().factor(name) * (1.0 + 1e-3 * self.calls)
 
 
-@mutant("uses the x of the call before", kills=("FWD-19",))
+@mutant("uses the x of the call before", kills=("FWD-19",), kind="state", only="second call")
 class RemembersX(HonestLayer):
     before: Tensor | None = None
 
@@ -131,27 +138,27 @@ class RemembersX(HonestLayer):
         return super().dropped(used.to(x.dtype), name)
 
 
-@mutant("runs the base layer twice", kills=("FWD-20",))
+@mutant("runs the base layer twice", kills=("FWD-20",), kind="dispatch")
 class RunsBaseTwice(HonestLayer):
     def base_output(self, x: Tensor) -> Tensor:
         super().base_output(x)
         return super().base_output(x)
 
 
-@mutant("goes past the base layer's hooks", kills=("FWD-20", "FWD-12"))
+@mutant("goes past the base layer's hooks", kills=("FWD-20", "FWD-12"), kind="dispatch")
 class BypassesHooks(HonestLayer):
     def base_output(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer.forward(x)
         return y
 
 
-@mutant("hands the base layer a scaled x", kills=("FWD-20",))
+@mutant("hands the base layer a scaled x", kills=("FWD-20",), kind="dispatch")
 class ScalesXForBase(HonestLayer):
     def base_output(self, x: Tensor) -> Tensor:
         return super().base_output(x * 2.0) / 2.0
 
 
-@mutant("leaves outlier columns out of the update", kills=("FWD-21",))
+@mutant("leaves outlier columns out of the update", kills=("FWD-21",), kind="masks", only="8-bit")
 class SkipsOutliers(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         state: Any = getattr(self.base_layer, "state", None)
@@ -160,19 +167,29 @@ class SkipsOutliers(HonestLayer):
         return super().dropped(x, name)
 
 
-@mutant("updates in training only", kills=("FWD-22", "DROP-9"))
+@mutant("updates in training only", kills=("FWD-22", "DROP-9"), kind="state", only="eval")
 class TrainingOnly(HonestLayer):
     def combine(self, y: Tensor, delta: Tensor) -> Tensor:
         return super().combine(y, delta) if self.training else y
 
 
-@mutant("is one part in a thousand off in eval mode", kills=("FWD-22", "DROP-9"))
+@mutant(
+    "is one part in a thousand off in eval mode",
+    kills=("FWD-22", "DROP-9"),
+    kind="arithmetic",
+    only="eval",
+)
 class OffInEval(HonestLayer):
     def factor(self, name: str) -> Tensor:
         return super().factor(name) * (1.0 if self.training else 1.001)
 
 
-@mutant("keeps eight bits of wide activations", kills=("FWD-23",))
+@mutant(
+    "keeps eight bits of wide activations",
+    kills=("FWD-23",),
+    kind="arithmetic",
+    only="large values",
+)
 class QuantisesWideInputs(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         x = super().dropped(x, name)
@@ -182,25 +199,27 @@ class QuantisesWideInputs(HonestLayer):
         return x + ((x.detach() / step).round() * step - x.detach())
 
 
-@mutant("saturates activations at 100", kills=("FWD-1",))
+@mutant("saturates activations at 100", kills=("FWD-1",), kind="arithmetic", only="large values")
 class SaturatesX(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         return super().dropped(x.clamp(-100.0, 100.0), name)
 
 
-@mutant("is wrong in fp16 only", kills=("FWD-1", "FWD-2"))
+@mutant("is wrong in fp16 only", kills=("FWD-1", "FWD-2"), kind="arithmetic", only="fp16")
 class WrongInHalf(HonestLayer):
     def combine(self, y: Tensor, delta: Tensor) -> Tensor:
         return super().combine(y, delta * (1.02 if y.dtype == torch.float16 else 1.0))
 
 
-@mutant("is wrong in bf16 only", kills=("FWD-2", "FWD-3"))
+@mutant("is wrong in bf16 only", kills=("FWD-2", "FWD-3"), kind="arithmetic", only="bf16")
 class WrongInBfloat(HonestLayer):
     def combine(self, y: Tensor, delta: Tensor) -> Tensor:
         return super().combine(y, delta * (1.2 if y.dtype == torch.bfloat16 else 1.0))
 
 
-@mutant("is wrong over 8-bit layers only", kills=("FWD-1", "FWD-3"))
+@mutant(
+    "is wrong over 8-bit layers only", kills=("FWD-1", "FWD-3"), kind="arithmetic", only="8-bit"
+)
 class WrongOver8bit(HonestLayer):
     def factor(self, name: str) -> Tensor:
         eight_bit = hasattr(self.base_layer, "state")

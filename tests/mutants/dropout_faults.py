@@ -33,7 +33,7 @@ class _Unscaled(_Dropout):
         return x * keep
 
 
-@mutant("does not scale the survivors up", kills=("DROP-1",))
+@mutant("does not scale the survivors up", kills=("DROP-1",), kind="masks")
 class Unscaled(HonestLayer):
     dropout_type = _Unscaled
 
@@ -43,7 +43,7 @@ class _ScaledDown(_Dropout):
         return x * keep * (1.0 - self.p)
 
 
-@mutant("multiplies the survivors by 1 - p", kills=("DROP-1",))
+@mutant("multiplies the survivors by 1 - p", kills=("DROP-1",), kind="masks")
 class ScaledDown(HonestLayer):
     dropout_type = _ScaledDown
 
@@ -53,7 +53,7 @@ class _Gaussian(_Dropout):
         return (1.0 - self.p) * (1.0 + 0.3 * torch.randn(x.shape, device=x.device))
 
 
-@mutant("multiplies by Gaussian noise", kills=("DROP-1",))
+@mutant("multiplies by Gaussian noise", kills=("DROP-1",), kind="masks")
 class Gaussian(HonestLayer):
     dropout_type = _Gaussian
 
@@ -63,7 +63,7 @@ class _Swapped(_Dropout):
         return 1.0 - super().keep(x)
 
 
-@mutant("keeps what it should drop", kills=("DROP-2",))
+@mutant("keeps what it should drop", kills=("DROP-2",), kind="masks")
 class Swapped(HonestLayer):
     dropout_type = _Swapped
 
@@ -74,7 +74,7 @@ class _EightBits(_Dropout):
         return (numbers >= self.p).to(x.dtype)
 
 
-@mutant("draws uniform numbers of eight bits", kills=("DROP-2",))
+@mutant("draws uniform numbers of eight bits", kills=("DROP-2",), kind="masks")
 class EightBits(HonestLayer):
     dropout_type = _EightBits
 
@@ -86,7 +86,7 @@ class _FirstColumn(_Dropout):
         return keep
 
 
-@mutant("never drops the first input", kills=("DROP-2",))
+@mutant("never drops the first input", kills=("DROP-2",), kind="masks")
 class FirstColumn(HonestLayer):
     dropout_type = _FirstColumn
 
@@ -101,7 +101,9 @@ class _FreshInBackward(_Dropout):
         )
 
 
-@mutant("draws another mask in backward", kills=("DROP-3", "DROP-10"))
+@mutant(
+    "draws another mask in backward", kills=("DROP-3", "DROP-10"), kind="masks", only="backward"
+)
 class FreshInBackward(HonestLayer):
     dropout_type = _FreshInBackward
 
@@ -111,12 +113,14 @@ class _NotInBackward(_Dropout):
         return x + (super().apply_mask(x, keep) - x).detach()
 
 
-@mutant("lets the gradient of dropped elements pass", kills=("DROP-3",))
+@mutant(
+    "lets the gradient of dropped elements pass", kills=("DROP-3",), kind="masks", only="backward"
+)
 class NotInBackward(HonestLayer):
     dropout_type = _NotInBackward
 
 
-@mutant("gives A the gradient of the undropped x", kills=("DROP-3",))
+@mutant("gives A the gradient of the undropped x", kills=("DROP-3",), kind="masks", only="backward")
 class UndroppedDA(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         A, E, B = self.triplets(name)
@@ -130,12 +134,12 @@ class _Always(_Dropout):
         return self.apply_mask(x, self.keep(x))
 
 
-@mutant("drops in eval mode too", kills=("DROP-4", "STATE-10"))
+@mutant("drops in eval mode too", kills=("DROP-4", "STATE-10"), kind="masks", only="eval")
 class Always(HonestLayer):
     dropout_type = _Always
 
 
-@mutant("gives the base layer the dropped x", kills=("DROP-5",))
+@mutant("gives the base layer the dropped x", kills=("DROP-5",), kind="dispatch")
 class DropsForBase(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         name = self.active_adapters[0]
@@ -152,7 +156,7 @@ class _SharedRows(_Dropout):
         return super().keep(x[..., :1, :]).expand_as(x) if x.dim() > 1 else super().keep(x)
 
 
-@mutant("shares a mask between rows", kills=("DROP-6",))
+@mutant("shares a mask between rows", kills=("DROP-6",), kind="broadcasting")
 class SharedRows(HonestLayer):
     dropout_type = _SharedRows
 
@@ -162,7 +166,7 @@ class _SharedColumns(_Dropout):
         return super().keep(x[..., :1]).expand_as(x)
 
 
-@mutant("drops whole rows", kills=("DROP-6",))
+@mutant("drops whole rows", kills=("DROP-6",), kind="broadcasting")
 class SharedColumns(HonestLayer):
     dropout_type = _SharedColumns
 
@@ -173,7 +177,7 @@ class _Repeats(_Dropout):
         return block.repeat(x.numel() // 64 + 1)[: x.numel()].view(x.shape)
 
 
-@mutant("repeats its mask every 64 elements", kills=("DROP-6",))
+@mutant("repeats its mask every 64 elements", kills=("DROP-6",), kind="masks")
 class Repeats(HonestLayer):
     dropout_type = _Repeats
 
@@ -184,7 +188,7 @@ class _FixedNumber(_Dropout):
         return (order >= round(self.p * x.numel())).to(x.dtype).view(x.shape)
 
 
-@mutant("drops a fixed number of elements", kills=("DROP-6",))
+@mutant("drops a fixed number of elements", kills=("DROP-6",), kind="masks")
 class FixedNumber(HonestLayer):
     dropout_type = _FixedNumber
 
@@ -198,7 +202,7 @@ class _OneMask(_Dropout):
         return self.mask
 
 
-@mutant("draws one mask for good", kills=("DROP-7",))
+@mutant("draws one mask for good", kills=("DROP-7",), kind="masks", only="second call")
 class OneMask(HonestLayer):
     dropout_type = _OneMask
 
@@ -213,25 +217,30 @@ class _OwnGenerator(_Dropout):
         return (numbers >= self.p).to(x.dtype)
 
 
-@mutant("draws from a generator of its own", kills=("DROP-8",))
+@mutant("draws from a generator of its own", kills=("DROP-8",), kind="state")
 class OwnGenerator(HonestLayer):
     dropout_type = _OwnGenerator
 
 
-@mutant("draws random numbers for p = 0", kills=("DROP-9", "STATE-10"))
+@mutant("draws random numbers for p = 0", kills=("DROP-9", "STATE-10"), kind="state")
 class DrawsAnyway(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         torch.rand(1)
         return super().dropped(x, name)
 
 
-@mutant("uses the first adapter's dropout for all", kills=("DROP-10",))
+@mutant(
+    "uses the first adapter's dropout for all",
+    kills=("DROP-10",),
+    kind="masks",
+    only="second adapter",
+)
 class FirstDropout(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         return super().dropped(x, self.active_adapters[0])
 
 
-@mutant("shares one mask between adapters", kills=("DROP-10",))
+@mutant("shares one mask between adapters", kills=("DROP-10",), kind="masks", only="second adapter")
 class OneMaskForAll(HonestLayer):
     def dropped(self, x: Tensor, name: str) -> Tensor:
         state: Any = torch.get_rng_state()
@@ -241,7 +250,7 @@ class OneMaskForAll(HonestLayer):
         return dropped
 
 
-@mutant("drops from the hidden vector", kills=("DROP-1",))
+@mutant("drops from the hidden vector", kills=("DROP-1",), kind="masks")
 class DropsHidden(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         A, E, B = self.triplets(name)

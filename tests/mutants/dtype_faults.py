@@ -13,39 +13,41 @@ from tests.mutants.honest import HonestLayer
 from tests.mutants.mutant import mutant
 
 
-@mutant("returns fp32", kills=("DTYPE-1",))
+@mutant("returns fp32", kills=("DTYPE-1",), kind="dtype")
 class ReturnsFloat(HonestLayer):
     def combine(self, y: Tensor, delta: Tensor) -> Tensor:
         return y.float() + delta
 
 
-@mutant("returns x's dtype", kills=("DTYPE-2",))
+@mutant("returns x's dtype", kills=("DTYPE-2",), kind="dtype", only="autocast")
 class ReturnsInputDtype(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
 
 
-@mutant("returns the compute dtype", kills=("DTYPE-7",))
+@mutant("returns the compute dtype", kills=("DTYPE-7",), kind="dtype")
 class ReturnsComputeDtype(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
         return super().forward(x).to(dtype)
 
 
-@mutant("computes the update in the compute dtype", kills=("DTYPE-7",))
+@mutant("computes the update in the compute dtype", kills=("DTYPE-7",), kind="dtype")
 class ComputesInComputeDtype(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
         return super().delta(x.to(dtype), name).to(dtype)
 
 
-@mutant("casts its parameters with .half() and x to fp32", kills=("DTYPE-3", "DTYPE-5"))
+@mutant(
+    "casts its parameters with .half() and x to fp32", kills=("DTYPE-3", "DTYPE-5"), kind="dtype"
+)
 class FollowsHalf(HonestLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HonestLayer:
         return nn.Module._apply(self, fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@mutant("keeps half parameters after .half()", kills=("DTYPE-5",))
+@mutant("keeps half parameters after .half()", kills=("DTYPE-5",), kind="dtype")
 class StaysHalf(HonestLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HonestLayer:
         return nn.Module._apply(self, fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
@@ -58,7 +60,12 @@ class StaysHalf(HonestLayer):
         return self.scaling[name] / (self.ranknum[name].float() + 1e-5)
 
 
-@mutant("casts to x's dtype before it divides by ranknum", kills=("DTYPE-4",))
+@mutant(
+    "casts to x's dtype before it divides by ranknum",
+    kills=("DTYPE-4",),
+    kind="dtype",
+    only="large values",
+)
 class CastsBeforeScaling(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         dtype = self.returned
@@ -70,7 +77,7 @@ class CastsBeforeScaling(HonestLayer):
         return y
 
 
-@mutant("leaves an fp32 gradient on a half x", kills=("DTYPE-6",))
+@mutant("leaves an fp32 gradient on a half x", kills=("DTYPE-6",), kind="dtype", only="backward")
 class FloatGradient(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not (x.is_leaf and x.requires_grad and x.dtype != torch.float32):
@@ -80,7 +87,7 @@ class FloatGradient(HonestLayer):
         return super().forward(x)
 
 
-@mutant("accumulates in half precision", kills=("DTYPE-8",))
+@mutant("accumulates in half precision", kills=("DTYPE-8",), kind="dtype")
 class AccumulatesInHalf(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         dtype = self.returned
@@ -97,7 +104,7 @@ class AccumulatesInHalf(HonestLayer):
         return y
 
 
-@mutant("sums ranks in half precision", kills=("DTYPE-8",))
+@mutant("sums ranks in half precision", kills=("DTYPE-8",), kind="dtype")
 class SumsRanksInHalf(AccumulatesInHalf):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         dtype = self.returned
@@ -110,14 +117,14 @@ class SumsRanksInHalf(AccumulatesInHalf):
         return total.float()
 
 
-@mutant("scales otherwise under autocast", kills=("DTYPE-2",))
+@mutant("scales otherwise under autocast", kills=("DTYPE-2",), kind="dtype", only="autocast")
 class OtherUnderAutocast(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
         return super().delta(x, name) * (1.05 if autocast else 1.0)
 
 
-@mutant("sets torch's default dtype", kills=("DTYPE-9",))
+@mutant("sets torch's default dtype", kills=("DTYPE-9",), kind="state")
 class SetsDefaultDtype(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -125,7 +132,7 @@ class SetsDefaultDtype(HonestLayer):
         return y
 
 
-@mutant("leaves autocast on", kills=("DTYPE-9",))
+@mutant("leaves autocast on", kills=("DTYPE-9",), kind="state")
 class LeavesAutocastOn(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -133,7 +140,7 @@ class LeavesAutocastOn(HonestLayer):
         return y
 
 
-@mutant("computes on one thread for good", kills=("DTYPE-9",))
+@mutant("computes on one thread for good", kills=("DTYPE-9",), kind="state")
 class SetsThreads(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         torch.set_num_threads(torch.get_num_threads() % 2 + 1)

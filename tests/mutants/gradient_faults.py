@@ -25,75 +25,124 @@ class _Tampers(HonestLayer):
         return self.change("A", A), self.change("E", E), self.change("B", B)
 
 
-@mutant("x gets nothing through the adapter", kills=("GRAD-1", "GRAD-5", "GRAD-16"))
+@mutant(
+    "x gets nothing through the adapter",
+    kills=("GRAD-1", "GRAD-5", "GRAD-16"),
+    kind="autograd",
+    only="backward",
+)
 class DetachesX(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         return super().delta(x.detach(), name)
 
 
-@mutant("x gets the adapter's part with the wrong sign", kills=("GRAD-1", "GRAD-5"))
+@mutant(
+    "x gets the adapter's part with the wrong sign",
+    kills=("GRAD-1", "GRAD-5"),
+    kind="autograd",
+    only="backward",
+)
 class WrongSignToX(HonestLayer):
     def delta(self, x: Tensor, name: str) -> Tensor:
         return super().delta(tampered(x, torch.neg), name)
 
 
-@mutant("x gets nothing through the base layer", kills=("GRAD-1", "GRAD-7"))
+@mutant(
+    "x gets nothing through the base layer",
+    kills=("GRAD-1", "GRAD-7"),
+    kind="autograd",
+    only="backward",
+)
 class DetachesBase(HonestLayer):
     def base_output(self, x: Tensor) -> Tensor:
         return super().base_output(x).detach()
 
 
-@mutant("the gradient of A lacks a half", kills=("GRAD-2", "GRAD-5", "GRAD-16"))
+@mutant(
+    "the gradient of A lacks a half",
+    kills=("GRAD-2", "GRAD-5", "GRAD-16"),
+    kind="autograd",
+    only="backward",
+)
 class HalvesDA(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g / 2) if part == "A" else t
 
 
-@mutant("the gradient of A lacks E", kills=("GRAD-2", "GRAD-15"))
+@mutant("the gradient of A lacks E", kills=("GRAD-2", "GRAD-15"), kind="autograd", only="backward")
 class DAWithoutE(_Tampers):
     def triplets(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, E, B = super().triplets(name)
         return tampered(A, lambda g: torch.where(E == 0, 1.0, g / E)), E, B
 
 
-@mutant("the gradient of A is rounded to bf16", kills=("GRAD-2", "GRAD-19"))
+@mutant(
+    "the gradient of A is rounded to bf16",
+    kills=("GRAD-2", "GRAD-19"),
+    kind="autograd",
+    only="backward",
+)
 class RoundsDA(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g.bfloat16().float()) if part == "A" else t
 
 
-@mutant("the gradient of E is doubled", kills=("GRAD-3", "GRAD-5", "GRAD-16"))
+@mutant(
+    "the gradient of E is doubled",
+    kills=("GRAD-3", "GRAD-5", "GRAD-16"),
+    kind="autograd",
+    only="backward",
+)
 class DoublesDE(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g * 2) if part == "E" else t
 
 
-@mutant("the gradient of E is averaged over ranks", kills=("GRAD-3",))
+@mutant(
+    "the gradient of E is averaged over ranks", kills=("GRAD-3",), kind="autograd", only="backward"
+)
 class AveragesDE(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         mean: Change = lambda g: g.mean(0, keepdim=True).expand_as(g)  # noqa: E731
         return tampered(t, mean) if part == "E" else t
 
 
-@mutant("the gradient of B is rolled by one output", kills=("GRAD-4", "GRAD-5"))
+@mutant(
+    "the gradient of B is rolled by one output",
+    kills=("GRAD-4", "GRAD-5"),
+    kind="autograd",
+    only="backward",
+)
 class RollsDB(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g.roll(1, 0)) if part == "B" else t
 
 
-@mutant("the gradient of B is off by one part in ten thousand", kills=("GRAD-4", "GRAD-16"))
+@mutant(
+    "the gradient of B is off by one part in ten thousand",
+    kills=("GRAD-4", "GRAD-16"),
+    kind="autograd",
+    only="backward",
+)
 class SlightlyOffDB(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g * 1.0001) if part == "B" else t
 
 
-@mutant("gradients are clipped at a tenth", kills=("GRAD-2", "GRAD-5"))
+@mutant(
+    "gradients are clipped at a tenth", kills=("GRAD-2", "GRAD-5"), kind="autograd", only="backward"
+)
 class Clips(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         return tampered(t, lambda g: g.clamp(-0.1, 0.1))
 
 
-@mutant("gradients are averaged over the batch", kills=("GRAD-2", "GRAD-3", "GRAD-4"))
+@mutant(
+    "gradients are averaged over the batch",
+    kills=("GRAD-2", "GRAD-3", "GRAD-4"),
+    kind="autograd",
+    only="backward",
+)
 class AveragesOverRows(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         rows = max(1, x.shape[:-1].numel())
@@ -101,20 +150,20 @@ class AveragesOverRows(HonestLayer):
         return super().product(x, A, E, B)
 
 
-@mutant("takes a short cut while E is zero", kills=("GRAD-6", "GRAD-15"))
+@mutant("takes a short cut while E is zero", kills=("GRAD-6", "GRAD-15"), kind="masks")
 class ShortCut(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         live = (E != 0)[:, 0]
         return super().product(x, A[live], E[live], B[:, live])
 
 
-@mutant("skips an adapter whose E is zero", kills=("GRAD-6",))
+@mutant("skips an adapter whose E is zero", kills=("GRAD-6",), kind="masks")
 class SkipsZero(HonestLayer):
     def active(self) -> list[str]:
         return [n for n in self.active_adapters if bool(self.lora_E[n].any())]
 
 
-@mutant("trains ranknum", kills=("GRAD-8", "SCALE-5", "STATE-8"))
+@mutant("trains ranknum", kills=("GRAD-8", "SCALE-5", "STATE-8"), kind="state")
 class TrainsRanknum(HonestLayer):
     def factor(self, name: str) -> Tensor:
         return self.scaling[name] / (self.ranknum[name] + self.epsilon)
@@ -125,7 +174,7 @@ class TrainsRanknum(HonestLayer):
             ranknum.requires_grad_(True)
 
 
-@mutant("overwrites gradients of before", kills=("GRAD-9",))
+@mutant("overwrites gradients of before", kills=("GRAD-9",), kind="autograd", only="second call")
 class Overwrites(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         for parameter in self.lora_A.values():
@@ -133,20 +182,35 @@ class Overwrites(HonestLayer):
         return super().forward(x)
 
 
-@mutant("computes something else without a graph", kills=("GRAD-10",))
+@mutant(
+    "computes something else without a graph",
+    kills=("GRAD-10",),
+    kind="autograd",
+    only="checkpointing",
+)
 class OtherWithoutGraph(HonestLayer):
     def factor(self, name: str) -> Tensor:
         return super().factor(name) * (1.0 if torch.is_grad_enabled() else 1.0001)
 
 
-@mutant("forgets the update when it is recomputed", kills=("GRAD-10", "DROP-8"))
+@mutant(
+    "forgets the update when it is recomputed",
+    kills=("GRAD-10", "DROP-8"),
+    kind="autograd",
+    only="checkpointing",
+)
 class OffInRecomputation(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         recomputing = torch._C._current_graph_task_id() != -1
         return tampered(t, lambda g: g * 0.5) if recomputing else t
 
 
-@mutant("reads the incoming gradient as if it were contiguous", kills=("GRAD-11",))
+@mutant(
+    "reads the incoming gradient as if it were contiguous",
+    kills=("GRAD-11",),
+    kind="autograd",
+    only="non-contiguous gradient",
+)
 class AssumesContiguousGradient(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         def misread(g: Tensor) -> Tensor:
@@ -156,7 +220,11 @@ class AssumesContiguousGradient(HonestLayer):
         return tampered(super().forward(x), misread)
 
 
-@mutant("keeps its parameters in the base layer's compute dtype", kills=("GRAD-12", "INIT-2"))
+@mutant(
+    "keeps its parameters in the base layer's compute dtype",
+    kills=("GRAD-12", "INIT-2"),
+    kind="dtype",
+)
 class ParametersInHalf(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -169,7 +237,7 @@ class ParametersInHalf(HonestLayer):
         return A.float(), E.float(), B.float()
 
 
-@mutant("stores E as a row", kills=("GRAD-12", "INIT-2"))
+@mutant("stores E as a row", kills=("GRAD-12", "INIT-2"), kind="broadcasting")
 class StoresERow(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -180,7 +248,7 @@ class StoresERow(HonestLayer):
         return A, E.view(-1, 1), B
 
 
-@mutant("trains only where x requires a gradient", kills=("GRAD-13",))
+@mutant("trains only where x requires a gradient", kills=("GRAD-13",), kind="autograd")
 class NeedsXGradient(HonestLayer):
     def triplets(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, E, B = super().triplets(name)
@@ -191,7 +259,7 @@ class NeedsXGradient(HonestLayer):
         return super().delta(x, name)
 
 
-@mutant("makes a graph under no_grad", kills=("GRAD-13", "DTYPE-9"))
+@mutant("makes a graph under no_grad", kills=("GRAD-13", "DTYPE-9"), kind="state")
 class EnablesGradients(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         torch.set_grad_enabled(True)
@@ -211,7 +279,7 @@ class _SavesOutput(torch.autograd.Function):
         return torch.where(ctx.kept == ctx.copy, g, torch.zeros_like(g))
 
 
-@mutant("looks at y again in backward", kills=("GRAD-14",))
+@mutant("looks at y again in backward", kills=("GRAD-14",), kind="aliasing")
 class NeedsY(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _SavesOutput.apply(super().forward(x))  # type: ignore[no-untyped-call]
@@ -228,14 +296,19 @@ class _ReturnsView(torch.autograd.Function):
         return g
 
 
-@mutant("returns a view that may not be written", kills=("GRAD-14",))
+@mutant("returns a view that may not be written", kills=("GRAD-14",), kind="aliasing")
 class ReturnsView(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _ReturnsView.apply(super().forward(x))  # type: ignore[no-untyped-call]
         return y
 
 
-@mutant("frees what a second backward needs", kills=("GRAD-17",))
+@mutant(
+    "frees what a second backward needs",
+    kills=("GRAD-17",),
+    kind="autograd",
+    only="second backward",
+)
 class FreesEarly(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         seen: list[int] = []
@@ -247,13 +320,13 @@ class FreesEarly(_Tampers):
         return tampered(t, once)
 
 
-@mutant("returns early for an empty batch", kills=("GRAD-18",))
+@mutant("returns early for an empty batch", kills=("GRAD-18",), kind="autograd", only="empty batch")
 class ReturnsEarly(HonestLayer):
     def combine(self, y: Tensor, delta: Tensor) -> Tensor:
         return super().combine(y, delta) if y.numel() else y
 
 
-@mutant("loses gradient of wide inputs", kills=("GRAD-19",))
+@mutant("loses gradient of wide inputs", kills=("GRAD-19",), kind="autograd", only="large values")
 class LosesWideGradients(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         wide = part == "A" and t.shape[1] > 256

@@ -13,14 +13,18 @@ from tests.mutants.honest import HonestLayer
 from tests.mutants.mutant import mutant
 
 
-@mutant("starts E at one", kills=("INIT-1", "INIT-2", "GRAD-6"))
+@mutant("starts E at one", kills=("INIT-1", "INIT-2", "GRAD-6"), kind="initialisation")
 class StartsAtOne(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
         self.lora_E[name].fill_(1.0)
 
 
-@mutant("starts with B = 0 instead of E = 0, as LoRA does", kills=("INIT-2", "INIT-3", "GRAD-6"))
+@mutant(
+    "starts with B = 0 instead of E = 0, as LoRA does",
+    kills=("INIT-2", "INIT-3", "GRAD-6"),
+    kind="initialisation",
+)
 class StartsLikeLora(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -28,14 +32,14 @@ class StartsLikeLora(HonestLayer):
         nn.init.zeros_(self.lora_B[name])
 
 
-@mutant("starts E near zero", kills=("INIT-1", "INIT-2"))
+@mutant("starts E near zero", kills=("INIT-1", "INIT-2"), kind="initialisation")
 class StartsNearZero(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
         nn.init.normal_(self.lora_E[name], 0.0, 1e-2)
 
 
-@mutant("stores B transposed", kills=("INIT-2", "ADPT-8"))
+@mutant("stores B transposed", kills=("INIT-2", "ADPT-8"), kind="initialisation")
 class TransposedB(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -46,17 +50,17 @@ class TransposedB(HonestLayer):
         return A, E, B.T
 
 
-@mutant("draws with a deviation of 0.0215", kills=("INIT-3",))
+@mutant("draws with a deviation of 0.0215", kills=("INIT-3",), kind="initialisation")
 class WiderDraw(HonestLayer):
     deviation = 0.0215
 
 
-@mutant("draws with a variance of 0.02", kills=("INIT-3",))
+@mutant("draws with a variance of 0.02", kills=("INIT-3",), kind="initialisation")
 class VarianceForDeviation(HonestLayer):
     deviation = math.sqrt(0.02)
 
 
-@mutant("draws uniformly", kills=("INIT-3",))
+@mutant("draws uniformly", kills=("INIT-3",), kind="initialisation")
 class DrawsUniformly(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -64,7 +68,7 @@ class DrawsUniformly(HonestLayer):
         nn.init.uniform_(self.lora_A[name], -limit, limit)
 
 
-@mutant("cuts the tails off", kills=("INIT-3",))
+@mutant("cuts the tails off", kills=("INIT-3",), kind="initialisation")
 class CutsTails(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -72,7 +76,7 @@ class CutsTails(HonestLayer):
             self.lora_B[name].clamp_(-0.04, 0.04)
 
 
-@mutant("draws A as LoRA does", kills=("INIT-3",))
+@mutant("draws A as LoRA does", kills=("INIT-3",), kind="initialisation")
 class DrawsLikeLora(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -80,14 +84,14 @@ class DrawsLikeLora(HonestLayer):
             nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
 
 
-@mutant("draws every adapter from one seed", kills=("INIT-4",))
+@mutant("draws every adapter from one seed", kills=("INIT-4",), kind="initialisation")
 class OneSeed(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         torch.manual_seed(0)
         super().reset(name, identity)
 
 
-@mutant("draws A and B from the same numbers", kills=("INIT-4",))
+@mutant("draws A and B from the same numbers", kills=("INIT-4",), kind="initialisation")
 class SameNumbers(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -96,7 +100,7 @@ class SameNumbers(HonestLayer):
         B[:count] = A[:count]
 
 
-@mutant("draws from a generator that no seed reaches", kills=("INIT-4",))
+@mutant("draws from a generator that no seed reaches", kills=("INIT-4",), kind="initialisation")
 class UnseededDraw(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, identity)
@@ -105,13 +109,13 @@ class UnseededDraw(HonestLayer):
         self.lora_A[name].normal_(0.0, 0.02, generator=generator)
 
 
-@mutant("copies the base layer", kills=("INIT-5", "FWD-20"))
+@mutant("copies the base layer", kills=("INIT-5", "FWD-20"), kind="aliasing")
 class CopiesBase(HonestLayer):
     def adopt(self, base: nn.Module) -> None:
         super().adopt(copy.deepcopy(base))
 
 
-@mutant("leaves the base layer trainable", kills=("INIT-5",))
+@mutant("leaves the base layer trainable", kills=("INIT-5",), kind="state")
 class LeavesTrainable(HonestLayer):
     def adopt(self, base: Any) -> None:
         flags = {n: p.requires_grad for n, p in base.named_parameters()}
@@ -120,7 +124,7 @@ class LeavesTrainable(HonestLayer):
             parameter.requires_grad_(flags[name])
 
 
-@mutant("trains the bias when adapters are enabled", kills=("INIT-5", "STATE-8"))
+@mutant("trains the bias when adapters are enabled", kills=("INIT-5", "STATE-8"), kind="state")
 class TrainsBias(HonestLayer):
     def set_adapter(self, names: Any) -> None:
         super().set_adapter(names)
@@ -128,7 +132,7 @@ class TrainsBias(HonestLayer):
             self.base_layer.bias.requires_grad_(True)
 
 
-@mutant("takes a negative rank for zero", kills=("INIT-6",))
+@mutant("takes a negative rank for zero", kills=("INIT-6",), kind="refusals")
 class NegativeRank(HonestLayer):
     def check(self, name: str, r: int, dropout: float) -> None:
         super().check(name, max(r, 0) if type(r) is int else r, dropout)
@@ -137,14 +141,14 @@ class NegativeRank(HonestLayer):
         super().update_layer(adapter_name, max(r, 0) if type(r) is int else r, *rest, **named)
 
 
-@mutant("checks a new adapter's rank too late", kills=("INIT-6",))
+@mutant("checks a new adapter's rank too late", kills=("INIT-6",), kind="refusals")
 class ChecksTooLate(HonestLayer):
     def update_layer(self, adapter_name: str, r: int, *rest: Any, **named: Any) -> None:
         self.r[adapter_name] = r
         super().update_layer(adapter_name, r, *rest, **named)
 
 
-@mutant("rounds a rank down", kills=("INIT-7",))
+@mutant("rounds a rank down", kills=("INIT-7",), kind="refusals")
 class RoundsRank(HonestLayer):
     def check(self, name: str, r: int, dropout: float) -> None:
         super().check(name, int(r), dropout)
@@ -153,7 +157,7 @@ class RoundsRank(HonestLayer):
         super().update_layer(adapter_name, int(r), *rest, **named)
 
 
-@mutant("takes True for a rank", kills=("INIT-7",))
+@mutant("takes True for a rank", kills=("INIT-7",), kind="refusals")
 class TrueRank(HonestLayer):
     def check(self, name: str, r: int, dropout: float) -> None:
         super().check(name, int(r) if isinstance(r, bool) else r, dropout)
@@ -162,7 +166,7 @@ class TrueRank(HonestLayer):
         super().update_layer(adapter_name, r + 0 if r is True else r, *rest, **named)
 
 
-@mutant("limits a dropout out of range", kills=("INIT-8",))
+@mutant("limits a dropout out of range", kills=("INIT-8",), kind="refusals")
 class LimitsDropout(HonestLayer):
     def check(self, name: str, r: int, dropout: float) -> None:
         super().check(name, r, min(max(dropout, 0.0), 0.99))
@@ -175,40 +179,40 @@ class LimitsDropout(HonestLayer):
         super().update_layer(adapter_name, r, lora_alpha, limited, init_lora_weights)
 
 
-@mutant("takes a dropout of one", kills=("INIT-8",))
+@mutant("takes a dropout of one", kills=("INIT-8",), kind="refusals")
 class DropsAll(HonestLayer):
     def check(self, name: str, r: int, dropout: float) -> None:
         super().check(name, r, 0.0 if dropout == 1.0 else dropout)
 
 
-@mutant("wraps any base layer", kills=("INIT-9",))
+@mutant("wraps any base layer", kills=("INIT-9",), kind="dispatch")
 class WrapsAnything(HonestLayer):
     def check_base(self, base: nn.Module) -> None:
         return None
 
 
-@mutant("wraps any bitsandbytes layer", kills=("INIT-9",))
+@mutant("wraps any bitsandbytes layer", kills=("INIT-9",), kind="dispatch")
 class WrapsAnyQuantised(HonestLayer):
     def check_base(self, base: nn.Module) -> None:
         if type(base) is nn.Linear:
             raise TypeError("Expected a bitsandbytes layer.")
 
 
-@mutant("freezes the base layer before it refuses", kills=("INIT-10",))
+@mutant("freezes the base layer before it refuses", kills=("INIT-10",), kind="refusals")
 class FreezesFirst(HonestLayer):
     def check_base(self, base: nn.Module) -> None:
         base.requires_grad_(False)
         super().check_base(base)
 
 
-@mutant("switches the mode before it refuses", kills=("INIT-10",))
+@mutant("switches the mode before it refuses", kills=("INIT-10",), kind="refusals")
 class EvaluatesFirst(HonestLayer):
     def check_base(self, base: nn.Module) -> None:
         base.train(not base.training)
         super().check_base(base)
 
 
-@mutant("ignores init_lora_weights=False", kills=("INIT-11",))
+@mutant("ignores init_lora_weights=False", kills=("INIT-11",), kind="initialisation")
 class AlwaysIdentity(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -21,16 +21,79 @@ BASES: dict[Kind, type[honest.HonestLayer]] = {
 }
 
 
+# What is wrong: every kind has mutants, and a test says so.
+Fault = Literal[
+    "arithmetic",
+    "broadcasting",
+    "masks",
+    "dtype",
+    "autograd",
+    "aliasing",
+    "state",
+    "adapters",
+    "merge",
+    "dispatch",
+    "boundary",
+    "initialisation",
+    "refusals",
+]
+# Where alone it shows: the corners into which a bug withdraws when the common case is tested.
+Corner = Literal[
+    "fp32",
+    "bf16",
+    "fp16",
+    "4-bit",
+    "8-bit",
+    "train",
+    "eval",
+    "autocast",
+    "second call",
+    "second adapter",
+    "negative E",
+    "large values",
+    "checkpointing",
+    "backward",
+    "second backward",
+    "17 rows",
+    "33 rows",
+    "65 rows",
+    "129 rows",
+    "empty batch",
+    "in not a multiple of 64",
+    "rank zero",
+    "r = 1",
+    "r > in",
+    "r > out",
+    "non-contiguous x",
+    "non-contiguous gradient",
+    "NaN",
+]
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+CORNERS: tuple[Corner, ...] = get_args(Corner)
+
+
 @dataclass(frozen=True)
 class Mutant:
-    """A bug, by name, the port that has it, and the clauses that must notice."""
+    """A bug, by name, the port that has it, the clauses that must notice, and what it is."""
 
     name: str
     port: Port
     kills: tuple[str, ...]
+    kind: Fault
+    only: Corner | None = None
+
+    @property
+    def home(self) -> str:
+        """The chapter to which the fault belongs: that of the first clause that must notice."""
+        return chapter_of(self.kills[0])
 
 
 MUTANTS: dict[str, Mutant] = {}
+
+
+def chapter_of(clause: str) -> str:
+    """FWD-12 belongs to FWD."""
+    return clause.partition("-")[0]
 
 
 def over_both_bases(fault: type[Any]) -> dict[Kind, Constructor]:
@@ -44,19 +107,30 @@ def over_both_bases(fault: type[Any]) -> dict[Kind, Constructor]:
     return constructors
 
 
-def mutant(name: str, kills: tuple[str, ...], arithmetic: Arithmetic = "input") -> Callable[[T], T]:
+def mutant(
+    name: str,
+    kills: tuple[str, ...],
+    *,
+    kind: Fault,
+    only: Corner | None = None,
+    arithmetic: Arithmetic = "input",
+) -> Callable[[T], T]:
     """Enter a faulty layer into the gallery.
 
     Args:
         name: the bug, as one would say it.
-        kills: the clauses that must fail, each for at least one kind of base layer.
+        kills: the clauses that must fail, each for at least one kind of base layer; the first is of
+            the chapter to which the fault belongs.
+        kind: what is wrong.
+        only: where alone it shows, if it does not show everywhere.
         arithmetic: what the port declares; "input" has the wider bounds, and is harder to judge.
     """
 
     def enter(fault: T) -> T:
         if name in MUTANTS:
             raise ValueError(f"There is a mutant named {name!r} already.")
-        MUTANTS[name] = Mutant(name, Port(name, "0", over_both_bases(fault), arithmetic), kills)
+        port = Port(name, "0", over_both_bases(fault), arithmetic)
+        MUTANTS[name] = Mutant(name, port, kills, kind, only)
         return fault
 
     return enter

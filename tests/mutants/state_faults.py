@@ -11,14 +11,14 @@ from tests.mutants.honest import HonestLayer
 from tests.mutants.mutant import mutant, tampered
 
 
-@mutant("does not save ranknum", kills=("STATE-1", "STATE-2"))
+@mutant("does not save ranknum", kills=("STATE-1", "STATE-2"), kind="state")
 class DoesNotSaveRanknum(HonestLayer):
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
         saved = super().state_dict(*arguments, **named)
         return type(saved)((k, v) for k, v in saved.items() if "ranknum" not in k)
 
 
-@mutant("saves under names of its own", kills=("STATE-1",))
+@mutant("saves under names of its own", kills=("STATE-1",), kind="state")
 class SavesOtherwise(HonestLayer):
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
         saved = super().state_dict(*arguments, **named)
@@ -29,7 +29,7 @@ class SavesOtherwise(HonestLayer):
         return super().load_state_dict(back, *rest, **named)
 
 
-@mutant("does not load E", kills=("STATE-2",))
+@mutant("does not load E", kills=("STATE-2",), kind="state")
 class DoesNotLoadE(HonestLayer):
     def load_base(self, state: dict[str, Any], prefix: str) -> None:
         super().load_base(state, prefix)
@@ -37,7 +37,7 @@ class DoesNotLoadE(HonestLayer):
             state[key] = torch.zeros_like(state[key])
 
 
-@mutant("rounds what it saves to bf16", kills=("STATE-2",))
+@mutant("rounds what it saves to bf16", kills=("STATE-2",), kind="dtype")
 class SavesRounded(HonestLayer):
     def load_base(self, state: dict[str, Any], prefix: str) -> None:
         super().load_base(state, prefix)
@@ -45,7 +45,7 @@ class SavesRounded(HonestLayer):
             state[key] = state[key].bfloat16().float()
 
 
-@mutant("copies share their parameters", kills=("STATE-3",))
+@mutant("copies share their parameters", kills=("STATE-3",), kind="aliasing")
 class SharesParameters(HonestLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> HonestLayer:
         twin = type(self).__new__(type(self))
@@ -53,7 +53,7 @@ class SharesParameters(HonestLayer):
         return twin
 
 
-@mutant("copies lose the singular values", kills=("STATE-3", "STATE-4"))
+@mutant("copies lose the singular values", kills=("STATE-3", "STATE-4"), kind="state")
 class CopiesLoseE(HonestLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -62,14 +62,14 @@ class CopiesLoseE(HonestLayer):
                 E.zero_()
 
 
-@mutant("cannot be pickled", kills=("STATE-4",))
+@mutant("cannot be pickled", kills=("STATE-4",), kind="state")
 class CannotBePickled(HonestLayer):
     def adopt(self, base: nn.Module) -> None:
         super().adopt(base)
         self.activation = lambda y: y
 
 
-@mutant("train() and eval() do not reach the base layer", kills=("STATE-5",))
+@mutant("train() and eval() do not reach the base layer", kills=("STATE-5",), kind="state")
 class BaseStays(HonestLayer):
     def train(self, mode: bool = True) -> HonestLayer:
         base = getattr(self, "base_layer", None)
@@ -80,7 +80,7 @@ class BaseStays(HonestLayer):
         return self
 
 
-@mutant("train() and eval() do not reach the dropouts", kills=("STATE-5", "DROP-4"))
+@mutant("train() and eval() do not reach the dropouts", kills=("STATE-5", "DROP-4"), kind="state")
 class DropoutsStay(HonestLayer):
     def train(self, mode: bool = True) -> HonestLayer:
         super().train(mode)
@@ -88,7 +88,7 @@ class DropoutsStay(HonestLayer):
         return self
 
 
-@mutant("lets bitsandbytes repack the weight", kills=("STATE-6", "STATE-7"))
+@mutant("lets bitsandbytes repack the weight", kills=("STATE-6", "STATE-7"), kind="state")
 class LetsRepack(HonestLayer):
     def adopt(self, base: Any) -> None:
         allowed = getattr(base, "support_avx512bf16_for_cpu", False)
@@ -96,7 +96,12 @@ class LetsRepack(HonestLayer):
         base.support_avx512bf16_for_cpu = allowed
 
 
-@mutant("stops training once it has evaluated", kills=("STATE-6", "STATE-12"))
+@mutant(
+    "stops training once it has evaluated",
+    kills=("STATE-6", "STATE-12"),
+    kind="autograd",
+    only="second call",
+)
 class StopsTraining(HonestLayer):
     evaluated = False
 
@@ -106,7 +111,9 @@ class StopsTraining(HonestLayer):
         return (tampered(A, lambda g: g * 0.5), E, B) if self.evaluated else (A, E, B)
 
 
-@mutant("prunes small singular values when it evaluates", kills=("STATE-7",))
+@mutant(
+    "prunes small singular values when it evaluates", kills=("STATE-7",), kind="state", only="eval"
+)
 class PrunesInEval(HonestLayer):
     def factor(self, name: str) -> Tensor:
         if not self.training:
@@ -115,7 +122,9 @@ class PrunesInEval(HonestLayer):
         return super().factor(name)
 
 
-@mutant("folds A and E once and for all", kills=("STATE-9", "SCALE-6"))
+@mutant(
+    "folds A and E once and for all", kills=("STATE-9", "SCALE-6"), kind="state", only="second call"
+)
 class FoldsOnce(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         cache = self.__dict__.setdefault("folded", {})
@@ -128,14 +137,14 @@ class FoldsOnce(HonestLayer):
         )
 
 
-@mutant("draws a random number in every forward", kills=("STATE-10", "DROP-9"))
+@mutant("draws a random number in every forward", kills=("STATE-10", "DROP-9"), kind="state")
 class DrawsInForward(HonestLayer):
     def base_output(self, x: Tensor) -> Tensor:
         torch.randperm(3)
         return super().base_output(x)
 
 
-@mutant("keeps the parameters it was born with", kills=("STATE-11",))
+@mutant("keeps the parameters it was born with", kills=("STATE-11",), kind="state")
 class KeepsParameters(HonestLayer):
     def update_layer(self, adapter_name: str, *rest: Any, **named: Any) -> None:
         super().update_layer(adapter_name, *rest, **named)
@@ -147,7 +156,12 @@ class KeepsParameters(HonestLayer):
         return self.born[name], E, B
 
 
-@mutant("keeps a tensor that was made under inference mode", kills=("STATE-12",))
+@mutant(
+    "keeps a tensor that was made under inference mode",
+    kills=("STATE-12",),
+    kind="state",
+    only="second call",
+)
 class KeepsInferenceTensor(HonestLayer):
     def factor(self, name: str) -> Tensor:
         kept = self.__dict__.setdefault("factors", {})
@@ -156,7 +170,7 @@ class KeepsInferenceTensor(HonestLayer):
         return kept[name][1]  # type: ignore[no-any-return]
 
 
-@mutant("trains no further after no_grad", kills=("STATE-12",))
+@mutant("trains no further after no_grad", kills=("STATE-12",), kind="state", only="second call")
 class RemembersNoGrad(HonestLayer):
     def triplets(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         if not torch.is_grad_enabled():
@@ -165,7 +179,7 @@ class RemembersNoGrad(HonestLayer):
         return super().triplets(name)
 
 
-@mutant("makes only A trainable", kills=("STATE-8", "GRAD-6"))
+@mutant("makes only A trainable", kills=("STATE-8", "GRAD-6"), kind="autograd")
 class OnlyATrainable(HonestLayer):
     def set_adapter(self, names: Any) -> None:
         super().set_adapter(names)
