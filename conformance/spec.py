@@ -1,67 +1,33 @@
-"""The specification as data: `SPEC.md` read once, and the decorator that ties a test to its clause."""
+"""The decorator that ties a test to the clause of `SPEC.md` that it decides."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import pytest
 
+from conformance.clauses import SPEC_PATH, Clause, Level, clauses, spec_version
+
 if TYPE_CHECKING:
     from conformance.trial import Trial
 
-Level = Literal["MUST", "SHOULD"]
+__all__ = [
+    "KINDS",
+    "SPEC_PATH",
+    "Clause",
+    "Kind",
+    "Level",
+    "clause",
+    "clause_of",
+    "clauses",
+    "kinds_of",
+    "spec_version",
+]
+
 Kind = Literal["4bit", "8bit"]
 KINDS: tuple[Kind, ...] = ("4bit", "8bit")
-
-SPEC_PATH = Path(__file__).with_name("SPEC.md")
-_VERSION = re.compile(r"^Specification version (\d+\.\d+)\.", re.MULTILINE)
-_CHAPTER = re.compile(r"^## (.+)$")
-_ROW = re.compile(r"^\| ([A-Z]+-\d+) \| (MUST|SHOULD) \| (.+?) \| (.+?) \|$")
-
 F = TypeVar("F", bound="Callable[[Trial], None]")
-
-
-@dataclass(frozen=True)
-class Clause:
-    """One sentence of SPEC.md that a test decides."""
-
-    id: str
-    level: Level
-    sentence: str
-    source: str
-    chapter: str
-
-
-@cache
-def clauses() -> Mapping[str, Clause]:
-    """All clauses of SPEC.md by id, in the document's order."""
-    found: dict[str, Clause] = {}
-    chapter = ""
-    for line in SPEC_PATH.read_text(encoding="utf-8").splitlines():
-        if heading := _CHAPTER.match(line):
-            chapter = heading[1]
-        elif row := _ROW.match(line):
-            identifier, level, sentence, source = row.groups()
-            if identifier in found:
-                raise ValueError(f"SPEC.md defines clause {identifier} twice.")
-            found[identifier] = Clause(
-                identifier, "MUST" if level == "MUST" else "SHOULD", sentence, source, chapter
-            )
-    return found
-
-
-@cache
-def spec_version() -> str:
-    """The version that SPEC.md declares in its head."""
-    match = _VERSION.search(SPEC_PATH.read_text(encoding="utf-8"))
-    if match is None:
-        raise ValueError("SPEC.md does not say `Specification version 1.0.` in its head.")
-    return match[1]
 
 
 def clause(identifier: str, *, kinds: tuple[Kind, ...] = KINDS) -> Callable[[F], F]:

@@ -23,6 +23,7 @@ ALLOWED = {
         "pytest",
         "hypothesis",
         "rich",
+        "jsonschema",
         "tomli",
     },
 }
