@@ -4,20 +4,27 @@
         ( dropout_a(x) @ (A_a * E_a).T @ B_a.T ) * scaling_a / (ranknum_a + 1e-5)
 
 `SVDLinear4bit` wraps a `bitsandbytes.nn.Linear4bit`, `SVDLinear8bitLt` a `Linear8bitLt` with int8
-weights, and `layer_for` says which of them a given base layer needs.
+weights, and `layer_for` says which of them a given base layer needs. `adapt` puts them in place in a whole
+model, as an `AdaLoraConfig` says, and `remove` takes them out again.
 """
 
 from qsvd._bitsandbytes import BitsandbytesWarning, SVDLinear4bit, SVDLinear8bitLt
+from qsvd._config import AdaLoraConfig
 from qsvd._dispatch import layer_for
 from qsvd._layer import SVDLayer
+from qsvd._model import adapt, adapted_layers, remove
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "BitsandbytesWarning",
     "SVDLayer",
     "SVDLinear4bit",
     "SVDLinear8bitLt",
     "__version__",
+    "adapt",
+    "adapted_layers",
     "layer_for",
+    "remove",
 ]

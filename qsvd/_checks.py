@@ -54,11 +54,11 @@ class AdapterSettings:
     init_lora_weights: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", _checked_rank(self.r))
-        _check_number("lora_alpha", self.lora_alpha)
+        object.__setattr__(self, "r", check_count("r", self.r))
+        check_number("lora_alpha", self.lora_alpha)
         if not math.isfinite(self.lora_alpha):
             raise ValueError(f"`lora_alpha` must be finite, got {self.lora_alpha}.")
-        _check_number("lora_dropout", self.lora_dropout)
+        check_number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:  # NaN fails too
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
         if not isinstance(self.init_lora_weights, bool):
@@ -133,19 +133,29 @@ def check_extra_keywords(keywords: Mapping[str, Any]) -> None:
         raise TypeError(f"Unknown keyword `{key}`. {hint}")
 
 
-def _checked_rank(r: Any) -> int:
-    """`r` as an int >= 0; NumPy's integers are integers, bools are not."""
+def check_count(name: str, value: Any) -> int:
+    """`value` as an int >= 0; NumPy's integers are integers, bools are not.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is negative.
+    """
     try:
-        rank = operator.index(r)
+        count = operator.index(value)
     except TypeError:
-        rank = None
-    if rank is None or isinstance(r, bool):
-        raise TypeError(f"`r` must be an integer, got {r!r} ({type(r).__name__}).")
-    if rank < 0:
-        raise ValueError(f"`r` must be 0 or more, got {rank}.")
-    return rank
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
+    if count < 0:
+        raise ValueError(f"`{name}` must be 0 or more, got {count}.")
+    return count
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is not a real number; bools are not.
+
+    Raises:
+        TypeError: naming the value.
+    """
     if type(value) is bool or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")

@@ -1,0 +1,126 @@
+"""A model's layers replaced by adapted ones in place, and given back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.hub import tqdm  # type: ignore[attr-defined]  # a plain counter without tqdm
+
+from qsvd._checks import check_new_name
+from qsvd._config import AdaLoraConfig
+from qsvd._dispatch import layer_for
+from qsvd._layer import SVDLayer
+from qsvd._targets import find_targets
+
+M = TypeVar("M", bound=nn.Module)
+
+_RECORD = "_qsvd"
+_MANY = 32  # layers from which on a progress bar is shown
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `adapt` did to a model: its configuration by adapter, and what was trainable before."""
+
+    configs: dict[str, AdaLoraConfig]
+    trainable: frozenset[str]
+
+
+def adapt(model: M, config: AdaLoraConfig, adapter_name: str = "default") -> M:
+    """Put AdaLoRA layers in the place of a model's target modules, and freeze the rest.
+
+    Args:
+        model: with `bitsandbytes.nn.Linear4bit` or `Linear8bitLt` layers, as
+            `from_pretrained(..., quantization_config=BitsAndBytesConfig(...))` gives it.
+        config: which modules, and with which adapters.
+        adapter_name: of the adapter in every layer.
+
+    Returns:
+        The same model, changed in place; `remove(model)` undoes it.
+
+    Raises:
+        ValueError: for targets that match nothing, are adapted already, tied or shared; for a model
+            that is adapted already.
+        TypeError: for a target that is not a quantised layer. The model is then as it was.
+    """
+    if record_of(model) is not None:
+        raise ValueError(
+            "The model is adapted already. `qsvd.remove(model)` gives the original modules back."
+        )
+    check_new_name(adapter_name, taken=())
+    targets = find_targets(model, config)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    try:
+        layers = {
+            name: layer_for(module)(
+                module,
+                adapter_name,
+                config.init_r,
+                config.lora_alpha,
+                config.lora_dropout,
+                config.init_lora_weights,
+            )
+            for name, module in _with_progress(targets)
+        }
+    except BaseException:  # out of memory, or interrupted: nothing is in its place yet
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        torch.set_rng_state(random_state)
+        raise
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+        layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
+    record = Record(
+        {adapter_name: config}, frozenset(n for n, wanted in trainable.items() if wanted)
+    )
+    object.__setattr__(model, _RECORD, record)
+    return model
+
+
+def remove(model: M) -> M:
+    """Give a model's original modules back, trainable as they were, and drop the adapters.
+
+    Raises:
+        ValueError: for a model that `adapt` has not adapted.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ValueError("The model is not adapted: there is nothing to remove.")
+    for name, layer in list(adapted_layers(model).items()):
+        _replace(model, name, layer.base_layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trainable)
+    object.__delattr__(model, _RECORD)
+    return model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, SVDLayer]:
+    """The adapted layers of a model by name, in its order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SVDLayer)}
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """What `adapt` noted about a model; it is copied and pickled with the model."""
+    record: Record | None = model.__dict__.get(_RECORD)
+    return record
+
+
+def _with_progress(targets: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The targets one by one, with a bar on a terminal if they are many."""
+    silent = len(targets) < _MANY or not sys.stderr.isatty()
+    with tqdm(total=len(targets), disable=silent, desc="adapting", unit="layer") as bar:
+        for target in targets.items():
+            yield target
+            bar.update(1)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
