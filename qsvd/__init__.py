@@ -6,19 +6,24 @@
 `SVDLinear4bit` wraps a `bitsandbytes.nn.Linear4bit`, `SVDLinear8bitLt` a `Linear8bitLt` with int8
 weights, and `layer_for` says which of them a given base layer needs. `adapt` puts them in place in a whole
 model, as an `AdaLoraConfig` says, and `remove` takes them out again.
+`RankAllocator` moves the rank budget to where it matters, and `orthogonal_penalty` keeps the triplets
+apart.
 """
 
+from qsvd._allocator import RankAllocator
 from qsvd._bitsandbytes import BitsandbytesWarning, SVDLinear4bit, SVDLinear8bitLt
 from qsvd._config import AdaLoraConfig
 from qsvd._dispatch import layer_for
 from qsvd._layer import SVDLayer
 from qsvd._model import adapt, adapted_layers, remove
+from qsvd._penalty import orthogonal_penalty
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoraConfig",
     "BitsandbytesWarning",
+    "RankAllocator",
     "SVDLayer",
     "SVDLinear4bit",
     "SVDLinear8bitLt",
@@ -26,5 +31,6 @@ __all__ = [
     "adapt",
     "adapted_layers",
     "layer_for",
+    "orthogonal_penalty",
     "remove",
 ]

@@ -1,6 +1,14 @@
 """What is true: the contract in NumPy, its gradients, its error bounds, and the quantisers."""
 
 from reference.adapter import Adapter, AdapterGradients, backward, forward, output
+from reference.allocation import (
+    Averages,
+    budget,
+    most_important,
+    orthogonal_penalty,
+    triplet_importance,
+    update_averages,
+)
 from reference.blockwise import (
     NestedAbsmax,
     dequantize_4bit,
@@ -43,6 +51,7 @@ __all__ = [
     "Adapter",
     "AdapterGradients",
     "Arithmetic",
+    "Averages",
     "Bounded",
     "Format",
     "NestedAbsmax",
@@ -53,6 +62,7 @@ __all__ = [
     "bound_base_output",
     "bound_gradients",
     "bound_output",
+    "budget",
     "codebook",
     "dequantize_4bit",
     "dequantize_absmax",
@@ -64,11 +74,15 @@ __all__ = [
     "in_domain",
     "linear_int8",
     "linear_int8_train",
+    "most_important",
     "nf4",
+    "orthogonal_penalty",
     "outlier_columns",
     "output",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_rows",
     "round_to",
+    "triplet_importance",
+    "update_averages",
 ]

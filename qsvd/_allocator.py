@@ -1,0 +1,219 @@
+"""The rank allocator: at each step the importance of every triplet, and the budget to the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsvd._checks import check_count, check_known_names
+from qsvd._config import AdaLoraConfig
+from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
+from qsvd._layer import SVDLayer
+from qsvd._schedule import Schedule
+
+_PARTS = ("lora_A", "lora_E", "lora_B")
+
+
+class RankAllocator:
+    """Moves one adapter's rank budget to the layers where it matters (paper, section 3.3, algorithm 1).
+
+        loss.backward()
+        optimizer.step()
+        allocator.step(global_step)     # before zero_grad: it reads the gradients
+        optimizer.zero_grad()
+
+    While the budget falls, every `deltaT` steps the singular values of the least important triplets
+    are set to zero; they keep their gradients and may return. At `total_step - tfinal` the choice is
+    final, and is applied again after each further step. What is kept is exactly the budget, ties
+    decided by order.
+
+    Args:
+        model: with the adapter in its layers, see `qsvd.adapt`.
+        config: the schedule and the decay rates.
+        adapter_name: whose triplets are allocated; adapters of other names are not touched.
+
+    Raises:
+        ValueError: if no layer of the model has the adapter.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"
+    ) -> None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, SVDLayer)}
+        check_known_names([adapter_name], {name for m in layers.values() for name in m.lora_A})
+        self.config = config
+        self.adapter_name = adapter_name
+        self._layers = {n: m for n, m in layers.items() if adapter_name in m.lora_A}
+        self.schedule = Schedule.of(config, [m.r[adapter_name] for m in self._layers.values()])
+        self.budget = self.schedule.initial
+        self._means: dict[str, Tensor] = {}
+        self._uncertainties: dict[str, Tensor] = {}
+        self._keep: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, global_step: int, grad_scale: float = 1.0) -> int:
+        """Take the gradients of this step into account, and mask singular values if it is time.
+
+        A weight without a gradient keeps its averages, and so does every weight if a gradient is
+        not finite: a `GradScaler` skips that optimizer step, too.
+
+        Args:
+            global_step: optimizer steps done, from 0 or 1 as PEFT's users count; not micro-batches.
+            grad_scale: `scaler.get_scale()` if the gradients are still multiplied by it.
+
+        Returns:
+            The budget: how many triplets may be alive now.
+
+        Raises:
+            TypeError, ValueError: for a step that is no count, a scale that is not positive, or a
+                step after the choice is final if that choice was never made nor loaded.
+        """
+        step = check_count("global_step", global_step)
+        if not 0.0 < grad_scale < float("inf"):
+            raise ValueError(f"`grad_scale` must be positive and finite, got {grad_scale}.")
+        if step > self.schedule.settled and self._keep is None:
+            raise ValueError(
+                f"Step {step} is after the last allocation, at {self.schedule.settled}, and no "
+                "triplets were chosen: load the allocator's state with `load_state_dict`."
+            )
+        if step < self.schedule.settled:
+            self._observe(grad_scale)
+        self.budget = self.schedule.budget(step)
+        if self.schedule.allocates(step):
+            self._choose()
+            self._mask()
+        elif step > self.schedule.settled:
+            self._mask()
+        if step >= self.schedule.settled:
+            self._means.clear()
+            self._uncertainties.clear()
+        return self.budget
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """How many triplets the last allocation left to each layer; all of them before one."""
+        if self._keep is None:
+            return {name: layer.r[self.adapter_name] for name, layer in self._layers.items()}
+        return {name: int(keep.sum()) for name, keep in self._keep.items()}
+
+    @property
+    def rank_pattern(self) -> dict[str, list[bool]] | None:
+        """Which triplets the last allocation kept, as PEFT's `rank_pattern` has it; None before one."""
+        if self._keep is None:
+            return None
+        return {f"{name}.lora_E": keep.tolist() for name, keep in self._keep.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on bit for bit, beside the model's own state."""
+        return {
+            "adapter_name": self.adapter_name,
+            "means": {k: v.clone() for k, v in self._means.items()},
+            "uncertainties": {k: v.clone() for k, v in self._uncertainties.items()},
+            "rank_pattern": self.rank_pattern,
+            "budget": self.budget,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, onto the devices of the model's weights.
+
+        Raises:
+            ValueError: if it is of another adapter or model, naming the key; nothing is changed.
+        """
+        expected = {"adapter_name", "means", "uncertainties", "rank_pattern", "budget"}
+        if set(state) != expected:
+            raise ValueError(
+                f"Not an allocator's state: expected {sorted(expected)}, got {sorted(state)}."
+            )
+        if state["adapter_name"] != self.adapter_name:
+            raise ValueError(
+                f"The state is of adapter {state['adapter_name']!r}, not of {self.adapter_name!r}."
+            )
+        means = self._checked("means", state["means"])
+        uncertainties = self._checked("uncertainties", state["uncertainties"])
+        if means.keys() != uncertainties.keys():
+            raise ValueError("The state's means and uncertainties are of different weights.")
+        keep = self._checked_pattern(state["rank_pattern"])
+        self.budget = check_count("budget", state["budget"])
+        self._means, self._uncertainties, self._keep = means, uncertainties, keep
+
+    def _part(self, layer: str, part: str) -> Tensor:
+        weight: Tensor = getattr(self._layers[layer], part)[self.adapter_name]
+        return weight
+
+    def _observe(self, grad_scale: float) -> None:
+        """Move the averages of every weight that has a gradient."""
+        weights = {
+            f"{layer}.{part}": weight
+            for layer in self._layers
+            for part in _PARTS
+            if (weight := self._part(layer, part)).grad is not None
+        }
+        gradients = [w.grad for w in weights.values() if w.grad is not None]
+        if not gradients or not all_finite(gradients):
+            return
+        for key, weight in weights.items():
+            if key not in self._means:
+                self._means[key] = torch.zeros_like(weight)
+                self._uncertainties[key] = torch.zeros_like(weight)
+        update_averages(
+            list(weights.values()),
+            gradients,
+            [self._means[key] for key in weights],
+            [self._uncertainties[key] for key in weights],
+            self.config.beta1,
+            self.config.beta2,
+            grad_scale,
+        )
+
+    def _choose(self) -> None:
+        scores = [self._score(layer) for layer in self._layers]
+        self._keep = dict(zip(self._layers, most_important(scores, self.budget), strict=True))
+
+    def _score(self, layer: str) -> Tensor:
+        """S (r,) of one layer; zero while none of its weights was observed."""
+        parts = [self._part(layer, part) for part in _PARTS]
+        keys = [f"{layer}.{part}" for part in _PARTS]
+        return triplet_importance(
+            [self._means.get(k, torch.zeros_like(p)) for k, p in zip(keys, parts, strict=True)],
+            [
+                self._uncertainties.get(k, torch.zeros_like(p))
+                for k, p in zip(keys, parts, strict=True)
+            ],
+        )
+
+    def _mask(self) -> None:
+        assert self._keep is not None
+        for layer, keep in self._keep.items():
+            E = self._part(layer, "lora_E")
+            E.masked_fill_(~keep.to(E.device)[:, None], 0.0)
+
+    def _checked(self, what: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies beside the weights that they belong to."""
+        weights = {f"{n}.{part}": self._part(n, part) for n in self._layers for part in _PARTS}
+        for key, value in given.items():
+            if key not in weights:
+                raise ValueError(f"The state's {what} have {key!r}, which the model has not.")
+            if value.shape != weights[key].shape:
+                raise ValueError(
+                    f"The state's {what} of {key!r} are {tuple(value.shape)}, the model's weight is "
+                    f"{tuple(weights[key].shape)}."
+                )
+        return {
+            k: v.detach().to(weights[k].device, torch.float32, copy=True) for k, v in given.items()
+        }
+
+    def _checked_pattern(self, given: Mapping[str, list[bool]] | None) -> dict[str, Tensor] | None:
+        if given is None:
+            return None
+        expected = {f"{n}.lora_E": self._layers[n].r[self.adapter_name] for n in self._layers}
+        got = {key: len(pattern) for key, pattern in given.items()}
+        if got != expected:
+            wrong = next(k for k in [*expected, *got] if expected.get(k) != got.get(k))
+            raise ValueError(
+                f"The state's rank_pattern has {got.get(wrong)} triplets at {wrong!r}, the model "
+                f"{expected.get(wrong)}."
+            )
+        return {n: torch.tensor(given[f"{n}.lora_E"], dtype=torch.bool) for n in self._layers}
