@@ -123,20 +123,35 @@ def probes(
         )
 
 
+# Divisors of 1e-5 and a power of two. The last three are so small that a wrong 1e-5 is a hundredth
+# to a twentieth of them, which 8 significant bits show: bf16 sees it in y, and in the gradient of x.
+_DIVISORS = ((2, 1, 0), (1, 0, 4), (0, 4, 3), (4, 3, 2), (3, 2, 1), (-11, -10, -12))
+_SMALL_DIVISOR = 5
+# Where the rank is also in (last but one), or out and the number of rows (last), E fits a wrong axis.
+_DYADIC_SHAPES = (
+    (4, 3, (2,), 1),
+    (8, 5, (3,), 3),
+    (64, 17, (2, 2), 8),
+    (65, 4, (5,), 5),
+    (17, 33, (4,), 17),
+    (8, 3, (3,), 3),
+)
+
+
 def dyadic_cases(
     kind: Kind, *, dtypes: Sequence[DType] = DTYPES, adapters: int = 1, seed: int = 0
 ) -> Iterator[Case]:
-    """The exact lane: 2**k unlike r and unlike alpha, so no wrong divisor gives the same bits."""
-    shapes = (
-        (4, 3, (2,), 1),
-        (8, 5, (3,), 3),
-        (64, 17, (2, 2), 8),
-        (65, 4, (5,), 5),
-        (17, 33, (4,), 17),
-    )
-    for number, (n, m, batch, rank) in enumerate(shapes):
+    """The exact lane: 2**k unlike r and unlike alpha, so no wrong divisor gives the same bits.
+
+    What shows where: a wrong factor, sign, axis or broadcast changes every dtype's y and gradients in
+    each case. A wrong 1e-5 changes fp32's y, and dA, dE and dB (fp32 in every dtype), in each case;
+    y and dx of bf16 and fp16, which round it away elsewhere, in the last.
+    """
+    for number, (n, m, batch, rank) in enumerate(_DYADIC_SHAPES):
+        alphas = (2.0, 8.0, 0.5)
+        if number == _SMALL_DIVISOR:
+            alphas = (2.0**-10, 2.0**-12, 2.0**-11)
         for dtype in dtypes:
-            powers = (2, 1, 0, 4, 3)
             yield Case(
                 kind=kind,
                 dtype=dtype,
@@ -144,10 +159,8 @@ def dyadic_cases(
                 out_features=m,
                 batch=batch,
                 ranks=(rank, *range(2, adapters + 1))[:adapters],
-                alphas=(2.0, 8.0, 0.5)[:adapters],
-                ranknums=tuple(
-                    oracle.exact_ranknum(powers[(number + a) % 5]) for a in range(adapters)
-                ),
+                alphas=alphas[:adapters],
+                ranknums=tuple(map(oracle.exact_ranknum, _DIVISORS[number][:adapters])),
                 values="dyadic",
                 bias=number % 2 == 1,
                 seed=seed + number,

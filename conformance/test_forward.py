@@ -57,6 +57,10 @@ def test_one_hot_inputs_read_off_the_update(trial: Trial) -> None:
         E[np.arange(len(E)) != live] = 0.0
         setup.install()
         assert_output(trial, setup)
+        # A small singular value is no zero.
+        E *= 2.0**-14
+        setup.install()
+        assert_output(trial, setup, "y with a small singular value")
 
     trial.check(
         body,
@@ -458,6 +462,18 @@ def test_eval_mode(trial: Trial) -> None:
         output_of(trial),
         probes(trial.kind, training=False),
     )
+
+
+@clause("FWD-24")
+def test_updates_beyond_half_precision(trial: Trial) -> None:
+    def body(case: Case) -> None:
+        setup = trial.build(case)
+        for values in setup.data.adapters:
+            values.E[...] *= 2.0**20
+        setup.install()
+        assert_output(trial, setup)
+
+    trial.check(body, probes(trial.kind, dtypes=("float32", "bfloat16"), adapters=2))
 
 
 @clause("FWD-23")

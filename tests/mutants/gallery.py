@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tests.mutants import (
     adapter_faults,
+    backward_faults,
     boundary_faults,
+    corner_faults,
     dropout_faults,
     dtype_faults,
     forward_faults,
@@ -18,7 +20,9 @@ from tests.mutants.mutant import MUTANTS
 CHAPTERS = (
     forward_faults,
     boundary_faults,
+    corner_faults,
     gradient_faults,
+    backward_faults,
     dropout_faults,
     scaling_faults,
     initialisation_faults,
