@@ -13,9 +13,9 @@ import pytest
 import conformance
 from conformance.spec import clause, clause_of, clauses, spec_version
 
-CHAPTERS = {
+CHAPTERS: dict[str, str | tuple[str, ...]] = {
     "FWD": "test_forward",
-    "GRAD": "test_gradients",
+    "GRAD": ("test_gradients", "test_backward"),
     "DROP": "test_dropout",
     "SCALE": "test_scaling",
     "MERGE": "test_merge",
@@ -48,7 +48,8 @@ def test_every_clause_has_exactly_one_test() -> None:
 
 def test_a_clause_is_tested_in_its_chapter() -> None:
     for module, test in clause_tests():
-        assert CHAPTERS[clause_of(test).id.partition("-")[0]] == module
+        home = CHAPTERS[clause_of(test).id.partition("-")[0]]
+        assert module in ((home,) if isinstance(home, str) else home)
 
 
 def test_clauses_are_numbered_without_gaps() -> None:
