@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+
+import torch
 
 import conformance
 from conformance.port import Port
@@ -47,12 +50,26 @@ def verdict(clause: str, trial: Trial) -> str:
     """What the clause has against the trial's port: nothing, or the violation's text."""
     (test,) = by_clause()[clause]
     try:
-        run_clause(test, trial)
+        with unchanged_torch():
+            run_clause(test, trial)
     except NotApplicable:
         return ""
     except Violation as violation:
         return str(violation)
     return ""
+
+
+@contextmanager
+def unchanged_torch() -> Iterator[None]:
+    """Some mutants change torch's global state; it ends here."""
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_num_threads(before[1])
+        torch.set_grad_enabled(before[2])
+        torch.set_autocast_enabled("cpu", False)
 
 
 def kinds(clause: str) -> tuple[Kind, ...]:

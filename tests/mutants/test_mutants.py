@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 
 import pytest
-import torch
 
 from conformance.spec import clauses
 from tests.mutants.asking import by_clause, findings
 from tests.mutants.gallery import MUTANTS
-from tests.mutants.mutant import Mutant
-
-
-@pytest.fixture(autouse=True)
-def _global_state() -> Iterator[None]:
-    """Some mutants change torch's global state; it ends here."""
-    before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
-    yield
-    torch.set_default_dtype(before[0])
-    torch.set_num_threads(before[1])
-    torch.set_grad_enabled(before[2])
-    torch.set_autocast_enabled("cpu", False)
+from tests.mutants.mutant import CORNERS, FAULTS, Mutant, chapter_of
 
 
 def test_every_clause_has_one_test() -> None:
@@ -37,3 +25,18 @@ def test_every_clause_is_claimed_by_a_mutant() -> None:
 def test_a_mutant_is_killed_by_every_clause_meant_for_it(mutant: Mutant) -> None:
     survived = [c for c in mutant.kills if next(findings(c, mutant.port), None) is None]
     assert survived == []
+
+
+def test_the_gallery_has_every_kind_of_fault() -> None:
+    """A kind with one mutant would be there by name only."""
+    kinds = Counter(mutant.kind for mutant in MUTANTS.values())
+    assert {kind for kind in FAULTS if kinds[kind] < 5} == set()
+
+
+def test_the_gallery_has_faults_that_show_in_one_corner_only() -> None:
+    assert set(CORNERS) == {mutant.only for mutant in MUTANTS.values()} - {None}
+
+
+def test_every_chapter_has_faults_of_its_own() -> None:
+    homes = Counter(mutant.home for mutant in MUTANTS.values())
+    assert {chapter for chapter in map(chapter_of, clauses()) if homes[chapter] < 5} == set()

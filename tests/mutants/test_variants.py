@@ -6,15 +6,12 @@ not search is not asked again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis.strategies import SearchStrategy
 
-from conformance.case import Case
 from conformance.spec import clauses
-from conformance.trial import Trial
+from tests.campaigns.searching import HalfTrial, searches
 from tests.mutants.asking import kinds, verdict
 from tests.mutants.variants import VARIANTS
 
@@ -22,32 +19,13 @@ from tests.mutants.variants import VARIANTS
 SEEDS = (1, 2)
 
 
-class Searching(Trial):
-    """A trial that remembers whether the clause searches, and can leave its probes out."""
-
-    searched = False
-    probed = False
-
-    def search(
-        self,
-        cases: SearchStrategy[Case],
-        body: Callable[[Case], None],
-        probes: Iterable[Case] = (),
-        cost: int = 1,
-    ) -> None:
-        self.searched = True
-        super().search(cases, body, () if self.probed else probes, cost)
-
-
 def blame(clause: str, **given: Any) -> str:
     """What the clause says under the first seed, or under a later one if it searches at all."""
-    for seed in SEEDS:
-        trial = Searching(seed=seed, **given)
-        trial.probed = seed != SEEDS[0]
+    for seed in SEEDS if searches(clause, given["kind"]) else SEEDS[:1]:
+        trial = HalfTrial(seed=seed, **given)
+        trial.half = "both" if seed == SEEDS[0] else "search"
         if found := verdict(clause, trial):
             return found
-        if not trial.searched:
-            break
     return ""
 
 
