@@ -7,11 +7,12 @@
 weights, and `layer_for` says which of them a given base layer needs. `adapt` puts them in place in a whole
 model, as an `AdaLoraConfig` says, and `remove` takes them out again.
 `RankAllocator` moves the rank budget to where it matters, and `orthogonal_penalty` keeps the triplets
-apart.
+apart. `save_adapter` and `load_adapter` write and read PEFT's files.
 """
 
 from qsvd._allocator import RankAllocator
 from qsvd._bitsandbytes import BitsandbytesWarning, SVDLinear4bit, SVDLinear8bitLt
+from qsvd._checkpoint import load_adapter, save_adapter
 from qsvd._config import AdaLoraConfig
 from qsvd._dispatch import layer_for
 from qsvd._layer import SVDLayer
@@ -31,6 +32,8 @@ __all__ = [
     "adapt",
     "adapted_layers",
     "layer_for",
+    "load_adapter",
     "orthogonal_penalty",
     "remove",
+    "save_adapter",
 ]

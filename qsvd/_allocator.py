@@ -12,6 +12,7 @@ from qsvd._checks import check_count, check_known_names
 from qsvd._config import AdaLoraConfig
 from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
 from qsvd._layer import SVDLayer
+from qsvd._model import note_pattern
 from qsvd._schedule import Schedule
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
@@ -46,6 +47,7 @@ class RankAllocator:
         check_known_names([adapter_name], {name for m in layers.values() for name in m.lora_A})
         self.config = config
         self.adapter_name = adapter_name
+        self._model = model
         self._layers = {n: m for n, m in layers.items() if adapter_name in m.lora_A}
         self.schedule = Schedule.of(config, [m.r[adapter_name] for m in self._layers.values()])
         self.budget = self.schedule.initial
@@ -138,6 +140,8 @@ class RankAllocator:
         keep = self._checked_pattern(state["rank_pattern"])
         self.budget = check_count("budget", state["budget"])
         self._means, self._uncertainties, self._keep = means, uncertainties, keep
+        if self.rank_pattern is not None:
+            note_pattern(self._model, self.adapter_name, self.rank_pattern)
 
     def _part(self, layer: str, part: str) -> Tensor:
         weight: Tensor = getattr(self._layers[layer], part)[self.adapter_name]
@@ -171,6 +175,7 @@ class RankAllocator:
     def _choose(self) -> None:
         scores = [self._score(layer) for layer in self._layers]
         self._keep = dict(zip(self._layers, most_important(scores, self.budget), strict=True))
+        note_pattern(self._model, self.adapter_name, self.rank_pattern or {})
 
     def _score(self, layer: str) -> Tensor:
         """S (r,) of one layer; zero while none of its weights was observed."""

@@ -119,6 +119,7 @@ class AdaLoraConfig:
         self._check_schedule()
         self._check_weights()
         self._check_layers()
+        self._check_pattern()
 
     def _check_schedule(self) -> None:
         if self.total_step is None:
@@ -160,6 +161,17 @@ class AdaLoraConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` says nothing without `layers_to_transform`.")
 
+    def _check_pattern(self) -> None:
+        if self.rank_pattern is None:
+            return
+        if not isinstance(self.rank_pattern, Mapping):
+            raise TypeError(f"`rank_pattern` must be a mapping, got {self.rank_pattern!r}.")
+        for name, kept in self.rank_pattern.items():
+            if not isinstance(kept, Sequence) or not all(type(one) is bool for one in kept):
+                raise TypeError(
+                    f"`rank_pattern[{name!r}]` must be a list of booleans, got {kept!r}."
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT's adapter_config.json has them."""
         return {"peft_type": PEFT_TYPE, **asdict(self)}
@@ -196,8 +208,17 @@ class AdaLoraConfig:
             ValueError: if it is not one of AdaLoRA's, naming the file.
         """
         path = Path(folder) / CONFIG_NAME
+        return cls.from_json(path.read_bytes(), path)
+
+    @classmethod
+    def from_json(cls, content: bytes, path: Path) -> AdaLoraConfig:
+        """Read the content of a configuration's file; errors name its path.
+
+        Raises:
+            ValueError: if it is not one of AdaLoRA's.
+        """
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = json.loads(content.decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON: {error}.") from None
         if not isinstance(given, dict):

@@ -50,9 +50,11 @@ def update_averages(
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether no gradient holds an infinity or a NaN."""
-    norms = torch._foreach_norm(list(gradients), float("inf"))
-    device = norms[0].device
-    return bool(torch.stack([n.to(device) for n in norms]).isfinite().all())
+    held = [g for g in gradients if g.numel()]  # a layer of rank 0 has none
+    if not held:
+        return True
+    norms = torch._foreach_norm(held, float("inf"))
+    return bool(torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all())
 
 
 def triplet_importance(means: Sequence[Tensor], uncertainties: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,9 +25,15 @@ _MANY = 32  # layers from which on a progress bar is shown
 
 @dataclass(frozen=True)
 class Record:
-    """What `adapt` did to a model: its configuration by adapter, and what was trainable before."""
+    """What `adapt` did to a model.
+
+    configs: by adapter, as given or as loaded; a `rank_pattern` there says which of `init_r` ranks the
+    layers were given. patterns: by adapter, which of those the allocator kept last. trainable: the
+    names of the parameters that were trainable before.
+    """
 
     configs: dict[str, AdaLoraConfig]
+    patterns: dict[str, dict[str, list[bool]]]
     trainable: frozenset[str]
 
 
@@ -54,6 +60,18 @@ def adapt(model: M, config: AdaLoraConfig, adapter_name: str = "default") -> M:
         )
     check_new_name(adapter_name, taken=())
     targets = find_targets(model, config)
+    put_in_place(model, targets, config, adapter_name, dict.fromkeys(targets, config.init_r))
+    return model
+
+
+def put_in_place(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    config: AdaLoraConfig,
+    adapter_name: str,
+    ranks: Mapping[str, int],
+) -> None:
+    """Wrap the targets, each with its own rank, and freeze the rest; all or nothing."""
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     random_state = torch.get_rng_state()
     try:
@@ -61,7 +79,7 @@ def adapt(model: M, config: AdaLoraConfig, adapter_name: str = "default") -> M:
             name: layer_for(module)(
                 module,
                 adapter_name,
-                config.init_r,
+                ranks[name],
                 config.lora_alpha,
                 config.lora_dropout,
                 config.init_lora_weights,
@@ -77,11 +95,8 @@ def adapt(model: M, config: AdaLoraConfig, adapter_name: str = "default") -> M:
     for name, layer in layers.items():
         _replace(model, name, layer)
         layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
-    record = Record(
-        {adapter_name: config}, frozenset(n for n, wanted in trainable.items() if wanted)
-    )
-    object.__setattr__(model, _RECORD, record)
-    return model
+    were = frozenset(name for name, wanted in trainable.items() if wanted)
+    object.__setattr__(model, _RECORD, Record({adapter_name: config}, {}, were))
 
 
 def remove(model: M) -> M:
@@ -112,7 +127,14 @@ def record_of(model: nn.Module) -> Record | None:
     return record
 
 
-def _with_progress(targets: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def note_pattern(model: nn.Module, adapter_name: str, pattern: Mapping[str, list[bool]]) -> None:
+    """Remember which ranks of an adapter the allocator keeps, for when it is saved."""
+    record = record_of(model)
+    if record is not None and adapter_name in record.configs:
+        record.patterns[adapter_name] = dict(pattern)
+
+
+def _with_progress(targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The targets one by one, with a bar on a terminal if they are many."""
     silent = len(targets) < _MANY or not sys.stderr.isatty()
     with tqdm(total=len(targets), disable=silent, desc="adapting", unit="layer") as bar:
