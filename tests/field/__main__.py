@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page (docs)")
     parser.add_argument(
-        "--cache", type=Path, default=ROOT / ".field", help="finished pieces, to go on from (.field)"
+        "--cache",
+        type=Path,
+        default=ROOT / ".field",
+        help="finished pieces, to go on from (.field)",
     )
     given = parser.parse_args()
     if given.seeds < 1 or given.random < 0 or given.jobs < 1:

@@ -39,6 +39,8 @@ def nominal(case: Case) -> bool:
 
 def _random(kind: Kind, dtype: DType, number: int, count: int) -> Iterator[Case]:
     """What the suite itself would draw, without looking for anything."""
+    if not count:
+        return
     found: list[Case] = []
 
     @seed(number)
@@ -53,6 +55,5 @@ def _random(kind: Kind, dtype: DType, number: int, count: int) -> Iterator[Case]
     def collect(case: Case) -> None:
         found.append(case)
 
-    if count:
-        collect()
-    return iter(dict.fromkeys(found))
+    collect()
+    yield from dict.fromkeys(found)

@@ -36,7 +36,9 @@ def kills(name: str, seed: int) -> bool:
     mutant = MUTANTS[name]
     with untouched():
         return any(
-            ask(clause, mutant.port, kind, seed) for clause in mutant.kills for kind in kinds(clause)
+            ask(clause, mutant.port, kind, seed)
+            for clause in mutant.kills
+            for kind in kinds(clause)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -85,10 +86,8 @@ def honest_ports() -> dict[str, Port]:
     """The variants, our own layers, and PEFT's where it is installed."""
     ports = {name: port for name, port in VARIANTS.items() if name not in THE_EAGER_LAYER}
     ports["qsvd"] = load_port("qsvd")
-    try:
+    with contextlib.suppress(PortError):
         ports["PEFT"] = load_port("conformance.ports.peft")
-    except PortError:
-        pass
     return ports
 
 
@@ -167,4 +166,3 @@ def _accepts(rule: Rule, readings: Sequence[Reading], honest: Port | None) -> bo
 
 def _errors(readings: Sequence[Reading], scene: Scene) -> dict[str, float]:
     return {name: r.worst for name, r in zip(scene.expected, readings, strict=False)}
-

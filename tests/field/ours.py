@@ -42,8 +42,6 @@ def rms_within(times: float, *, all_pipelines: bool) -> Accepts:
     return accepts
 
 
-
-
 def both(*parts: Accepts) -> Accepts:
     return lambda r: all(part(r) for part in parts)
 

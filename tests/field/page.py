@@ -47,12 +47,14 @@ How other projects decide that a result is right, side by side, on the same faul
 
 and never by hand; `field.json` beside it holds every name. Measured on the CPU with {versions}.
 
-The layers are real: bitsandbytes' `Linear4bit` and `Linear8bitLt`, with our planted faults (`tests/mutants`) and with
-our honest variants, `qsvd` and PEFT over them. Every rule sees the same cases: the suite's own probes, in training and
-in evaluation, with one adapter and with two; batches of 17, 33, 65 and 129 rows; dyadic data; and random cases of the
-suite's own strategy. It sees y, and the gradients of x, A, E and B, of each, beside what its own project would compare
-with. A fault is killed by a rule that rejects it in at least one case, **surely** if that happens under each of the
-{seeds} seeds. An alarm is an honest layer that is rejected in a case."""
+The layers are real: bitsandbytes' `Linear4bit` and `Linear8bitLt`, with our planted faults
+(`tests/mutants`) and with our honest variants, `qsvd` and PEFT over them. Every rule sees the same
+cases: the suite's own probes, in training and in evaluation, with one adapter and with two; batches
+of 17, 33, 65 and 129 rows; dyadic data; and random cases of the suite's own strategy. Of each it sees
+y and the gradients of x, A, E and B, beside what its own project would compare them with.
+
+A fault is killed by a rule that rejects it in at least one case, **surely** if that happens under each
+of the {seeds} seeds. An alarm is an honest layer that is rejected in a case."""
 
 
 def _cell(score: Score | None, plays: int) -> str:
@@ -98,10 +100,11 @@ def _clauses(results: Results) -> str:
     total, killed = len(asked.killed), len(asked.killed) - len(survivors)
     alarms = sum(map(len, asked.alarms.values()))
     named = "; ".join(f"{name}: {', '.join(ids)}" for name, ids in asked.alarms.items())
-    return f"""{CLAUSES} is no rule for a tensor, and asks each fault in all dtypes at once: the clauses that claim a fault
-kill **{killed}** of the {total} that are visible in some dtype, **{len(asked.sure(seeds))}** of them surely, in the quick
-profile. Asked of the honest layers without PEFT, {asked.questions} questions of the chapters FWD, GRAD, SCALE and DTYPE
-raise **{alarms}** alarms{f" ({named})" if named else ""}.{_list(" Survivors: ", survivors)}"""
+    return f"""{CLAUSES} is no rule for a tensor, and asks of a fault in all dtypes
+at once: the clauses that claim it kill **{killed}** of the {total} that are visible in some dtype,
+**{len(asked.sure(seeds))}** of them surely, in the quick profile. Asked of the honest layers without
+PEFT, {asked.questions} questions of the chapters FWD, GRAD, SCALE and DTYPE raise **{alarms}**
+alarms{f" ({named})" if named else ""}.{_list(" Survivors: ", survivors)}"""
 
 
 def _nominal(results: Results) -> str:
@@ -121,8 +124,8 @@ def _nominal(results: Results) -> str:
 
     return f"""## On ordinary random inputs alone
 
-Most suites draw normal numbers of order one, and nothing else. Of the same cases, only those: half of a rule's power
-is its inputs, whichever rule it is.
+Most suites draw normal numbers of order one, and nothing else. Of the same cases, those alone show how
+much of a rule's power is in its inputs, whichever rule it is.
 
 {table(header, _rows(results, cell))}"""
 
@@ -158,8 +161,9 @@ def _second(results: Results) -> str:
         return ""
     text = f"""## A second rule for 16 bits
 
-Proposed: on top of bounds and exact lane, the root mean square of a tensor's errors may not exceed a multiple of what a
-simulated pipeline (`tests/reference/pipelines.py`) of the arithmetic that the port declares loses on the same data.
+Proposed: on top of bounds and exact lane, the root mean square of a tensor's errors may not exceed a
+multiple of what a simulated pipeline (`tests/reference/pipelines.py`), of the arithmetic that the port
+declares, loses on the same data.
 
 {table(header, rows)}"""
     return text + "\n\n" + _decision(results, added)
@@ -172,11 +176,10 @@ def _decision(results: Results, added: set[str]) -> str:
     gained = sorted(name for name in added if not results.clauses.killed[name])
     if gained:
         return f"Without an alarm it kills {_some(gained)}, which no clause does: it belongs into the suite."
-    kept = _list(" What it adds to the two lanes without an alarm", sorted(added), ": ")
+    kept = _list(" What it adds to the two lanes has clauses of its own: ", sorted(added))
     return (
-        "It is not part of the suite: where it raises no alarm it kills nothing that the clause set lets through."
-        f"{kept}"
-        + (" has clauses of its own, which kill it surely and say what is wrong." if added else "")
+        "It is not part of the suite: where it raises no alarm it kills nothing that the clause set "
+        f"lets through.{kept}"
     )
 
 
@@ -188,11 +191,12 @@ def _uncounted(results: Results) -> str:
     skipped = sum(found.out_of_range for found in results.found.values())
     return f"""## What does not count
 
-A fault counts on a dtype only if it is visible there: if in some case its largest error in some tensor exceeds
-{VISIBLE:g} times the largest error of all honest layers in that tensor, an eager layer in the input's dtype included. The
-criterion knows nothing of bounds: it is closest to flash-attention's rule, and so kindest to it. The following change
-bits on the dtype, but stay as near to the truth as honest layers are; no rule gains or loses by them. All other mutants
-of the gallery give the bits of the eager layer in every case: they break something else than numbers.
+A fault counts on a dtype only if it is visible there: if in some case its largest error in some tensor
+exceeds {VISIBLE:g} times the largest error of all honest layers in that tensor, an eager layer in the
+input's dtype included. The criterion knows nothing of bounds: it is closest to flash-attention's rule,
+and so kindest to it. The following change bits on the dtype, but stay as near to the truth as honest
+layers do; no rule gains or loses by them. All other mutants of the gallery give the bits of the eager
+layer in every case: they break something else than numbers.
 
 {table(["dtype", "faults", "which"], rows)}
 
@@ -203,10 +207,10 @@ def _sources() -> str:
     rules = "\n".join(f"- **{r.name}**: {r.source}." for r in (*RULES.values(), *OURS.values()))
     return f"""## Where the rules come from
 
-Suites that compare with an eager run get the layer as everybody writes it, in the same dtypes and over the same base
-layer; those with a better reference get the float64 truth. Many look at outputs alone; here each is asked about the
-gradients, too, with the same tolerance. Values are compared, not dtypes. A rule is counted for the dtypes that its
-project has a tolerance for.
+Suites that compare with an eager run get the layer as everybody writes it, in the same dtypes and over
+the same base layer; those with a better reference get the float64 truth. Many look at outputs alone;
+here each is asked about the gradients, too, with the same tolerance. Values are compared, not dtypes. A
+rule is counted for the dtypes that its project has a tolerance for.
 
 {rules}"""
 
@@ -218,5 +222,5 @@ def _some(names: Sequence[str], limit: int = EXAMPLES) -> str:
     return f"{shown}; and {len(names) - limit} more" if len(names) > limit else shown
 
 
-def _list(head: str, names: Sequence[str], mark: str = "") -> str:
-    return f"{head}{mark}{_some(names)}" if names else ""
+def _list(head: str, names: Sequence[str]) -> str:
+    return f"{head}{_some(names)}." if names else ""

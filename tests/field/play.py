@@ -60,6 +60,8 @@ def same(one: Tensors | None, other: Tensors | None) -> bool:
         return one is other
     return all(
         one[name].shape == other[name].shape
-        and torch.equal(torch.nan_to_num(one[name].double()), torch.nan_to_num(other[name].double()))
+        and torch.equal(
+            torch.nan_to_num(one[name].double()), torch.nan_to_num(other[name].double())
+        )
         for name in other
     )

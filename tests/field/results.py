@@ -57,6 +57,24 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Results:
+        """Read what `to_json` wrote."""
+        return cls(
+            given["settings"],
+            {dtype: _found(found) for dtype, found in given["found"].items()},
+            Asked(**given["clauses"]),
+        )
+
+
+def _found(given: Mapping[str, Any]) -> Found:
+    scores = {name: Score(**_tuples(score)) for name, score in given["scores"].items()}
+    return Found(**{**_tuples(given), "scores": scores})
+
+
+def _tuples(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
 
 def count(batches: Sequence[Batch]) -> dict[DType, Found]:
     """By dtype, what all layers and seeds found together."""

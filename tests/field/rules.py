@@ -212,9 +212,7 @@ def flash_attention_2(r: Reading) -> bool:
 def flash_attention_3(r: Reading) -> bool:
     reference = r.expected.reference
     allowance = 2.0 * _largest(reference + 0.3 - 0.3 - reference)
-    return (
-        _largest(r.got - reference) <= 2.0 * _largest(r.expected.low - reference) + allowance
-    )
+    return _largest(r.got - reference) <= 2.0 * _largest(r.expected.low - reference) + allowance
 
 
 # --- a multiple of the roundoff, of norms or of each element's terms ------------------------------

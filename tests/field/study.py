@@ -49,9 +49,7 @@ def _batches(plan: Plan, store: Store, jobs: int) -> list[Batch]:
     return screened + [Batch.from_json(given) for given in later.values()]
 
 
-def _task(
-    kind: Kind, dtype: DType, seed: int, plan: Plan, mutants: tuple[str, ...] | None
-) -> Task:
+def _task(kind: Kind, dtype: DType, seed: int, plan: Plan, mutants: tuple[str, ...] | None) -> Task:
     return f"{kind}-{dtype}-{seed}", batch_json, (kind, dtype, seed, plan.random, mutants)
 
 
