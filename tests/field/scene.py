@@ -16,6 +16,7 @@ from conformance.port import Arithmetic as Declared
 from conformance.trial import Setup, Trial
 from conformance.values import draw
 from tests.field.eager import LOW, PLAIN
+from tests.field.ours import ENOUGH
 from tests.field.play import Tensors, play, untouched
 from tests.field.reading import F64, Expected, Part, Reading, Size
 from tests.field.sizes import sizes
@@ -143,8 +144,8 @@ def _noise(
     truth: Mapping[str, Bounded],
 ) -> dict[str, tuple[float, float]]:
     """By tensor, the rms error of the first simulated pipeline, and the largest of all of them."""
-    if setup.case.dtype == "float32":
-        return dict.fromkeys(truth, (0.0, 0.0))
+    if setup.case.dtype == "float32" or all(b.value.size < ENOUGH for b in truth.values()):
+        return dict.fromkeys(truth, (0.0, 0.0))  # nobody asks
     runs = [_simulate(setup, y, dx, pipeline) for pipeline in pipelines(arithmetic, ("blas",))]
     errors = {
         name: [_rms(run[name].reshape(wanted.value.shape) - wanted.value) for run in runs]

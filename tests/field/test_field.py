@@ -18,19 +18,20 @@ from conformance.values import draw
 from tests.field import measure
 from tests.field import study as study_module
 from tests.field.batches import batch, nominal
-from tests.field.campaign import ROOT, Plan, Store, run
+from tests.field.campaign import Plan, Store, run
 from tests.field.measure import ALL_RULES, Batch, run_batch, verdicts
 from tests.field.ours import LANES
 from tests.field.page import page
 from tests.field.play import play, same, untouched
-from tests.field.results import Results, count
+from tests.field.results import count
 from tests.field.scene import Scene, build
 from tests.field.study import study
 from tests.mutants.gallery import MUTANTS
+from tests.mutants.variants import VARIANTS
 
 SOME = ("adds nothing", "the gradient of E is doubled", "leaves out the 1e-5", "merges silently")
-TINY = Plan(seeds=1, random=0, kinds=("4bit",), dtypes=("bfloat16",), clauses=False, mutants=SOME)
-CASE = Case("4bit", "bfloat16", 8, 5, (2, 3), (3, 2), bias=True, seed=1)
+TINY = Plan(seeds=1, random=0, kinds=("8bit",), dtypes=("bfloat16",), clauses=False, mutants=SOME)
+CASE = Case("8bit", "bfloat16", 8, 5, (2, 3), (3, 2), bias=True, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +43,18 @@ def scene() -> Scene:
 
 @pytest.fixture(scope="module")
 def found() -> Iterator[Batch]:
-    """A batch of the first probes and of dyadic cases only."""
+    """A batch of the first probes and of dyadic cases only, and of three honest layers."""
 
     def few(*arguments: Any) -> list[Case]:
         cases = batch(*arguments)
         return [*cases[:3], *(case for case in cases if case.values == "dyadic")]
 
+    names = ("folds E into B", "computes in the input's dtype", "adds in fp32 and rounds once")
+    honest = {name: VARIANTS[name] for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "batch", few)
-        yield run_batch("4bit", "bfloat16", 0, 0, SOME)
+        patch.setattr(measure, "honest_ports", lambda: honest)
+        yield run_batch("8bit", "bfloat16", 0, 0, SOME)
 
 
 def test_numerical_faults_are_visible_and_others_are_not(found: Batch) -> None:
@@ -68,7 +72,7 @@ def test_both_lanes_kill_what_is_visible_and_blame_nobody(found: Batch) -> None:
     visible = [tally for tally in found.mutants.values() if tally.visible]
     assert all(tally.rejected[index] for tally in visible)
     assert sum(tally.rejected[index] for tally in found.honest.values()) == 0
-    assert sum(tally.cases for tally in found.honest.values()) >= 90
+    assert sum(tally.cases for tally in found.honest.values()) == 3 * found.scenes > 0
 
 
 def test_every_rule_kills_a_layer_that_adds_nothing(found: Batch) -> None:
@@ -120,7 +124,7 @@ def test_playing_leaves_torch_as_it_was() -> None:
 
 
 def test_a_play_that_raises_is_none_and_all_rules_reject_it(scene: Scene) -> None:
-    broken = Port("broken", "0", {"4bit": _raises})
+    broken = Port("broken", "0", {"8bit": _raises})
     got = play(broken, CASE, scene.data)
     assert got is None
     assert not same(got, scene.eager)
@@ -177,12 +181,4 @@ def test_a_tiny_study_from_cases_to_page(
     assert "| **ours: bounds and exact lane** | 3 (3), 0 alarms |" in text
     assert json.loads(json.dumps(results.to_json()))["found"]["bfloat16"]["visible"] == sorted(
         SOME[:3]
-    )
-
-
-def test_the_page_in_the_repository_is_that_of_its_figures() -> None:
-    """docs/field.md is what `page` makes of docs/field.json: nobody has written into it."""
-    given = json.loads((ROOT / "docs" / "field.json").read_text(encoding="utf-8"))
-    assert page(Results.from_json(given)) == (ROOT / "docs" / "field.md").read_text(
-        encoding="utf-8"
     )
