@@ -40,6 +40,13 @@ from reference.int8 import (
     outlier_columns,
     quantize_rows,
 )
+from reference.int8_bounds import (
+    ambiguous_codes,
+    bound_int8_dx,
+    bound_int8_output,
+    bound_int8_train,
+)
+from reference.weight_bounds import bound_nested_weight, bound_rows
 
 __all__ = [
     "CPU_CONSTANT",
@@ -56,12 +63,18 @@ __all__ = [
     "Format",
     "NestedAbsmax",
     "QuantizedRows",
+    "ambiguous_codes",
     "backward",
     "backward_int8",
     "bound_base_dx",
     "bound_base_output",
     "bound_gradients",
+    "bound_int8_dx",
+    "bound_int8_output",
+    "bound_int8_train",
+    "bound_nested_weight",
     "bound_output",
+    "bound_rows",
     "budget",
     "codebook",
     "dequantize_4bit",

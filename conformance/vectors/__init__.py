@@ -1,0 +1,1 @@
+"""Golden vectors: the contract as files, for ports that are not PyTorch (docs/vectors.md)."""

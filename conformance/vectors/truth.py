@@ -1,0 +1,67 @@
+"""The door through which `reference` enters the golden vectors.
+
+A second door beside `conformance.oracle`, because that one speaks PyTorch, and vectors are written
+and checked where there is none. Nothing is computed here.
+"""
+
+from reference import (
+    FORMATS,
+    Adapter,
+    AdapterGradients,
+    Arithmetic,
+    Bounded,
+    NestedAbsmax,
+    ambiguous_codes,
+    backward,
+    bound_base_dx,
+    bound_base_output,
+    bound_gradients,
+    bound_int8_dx,
+    bound_int8_output,
+    bound_int8_train,
+    bound_nested_weight,
+    bound_output,
+    bound_rows,
+    codebook,
+    dequantize_4bit,
+    dynamic_map,
+    forward,
+    gradients_in_domain,
+    in_domain,
+    quantize_4bit,
+    quantize_absmax,
+    quantize_rows,
+    round_to,
+)
+from reference.codebooks import QuantType
+
+__all__ = [
+    "FORMATS",
+    "Adapter",
+    "AdapterGradients",
+    "Arithmetic",
+    "Bounded",
+    "NestedAbsmax",
+    "QuantType",
+    "ambiguous_codes",
+    "backward",
+    "bound_base_dx",
+    "bound_base_output",
+    "bound_gradients",
+    "bound_int8_dx",
+    "bound_int8_output",
+    "bound_int8_train",
+    "bound_nested_weight",
+    "bound_output",
+    "bound_rows",
+    "codebook",
+    "dequantize_4bit",
+    "dynamic_map",
+    "forward",
+    "gradients_in_domain",
+    "in_domain",
+    "quantize_4bit",
+    "quantize_absmax",
+    "quantize_rows",
+    "round_to",
+]
