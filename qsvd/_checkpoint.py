@@ -41,8 +41,9 @@ class Triplets:
     def rank(self) -> int:
         return len(self.A)
 
-    def kept(self, keep: Tensor) -> Triplets:
-        """Only the triplets that a mask (r,) keeps."""
+    def kept(self, pattern: Sequence[bool]) -> Triplets:
+        """Only the triplets that a pattern of r booleans keeps."""
+        keep = torch.tensor(pattern, dtype=torch.bool)
         return Triplets(self.A[keep], self.E[keep], self.B[:, keep])
 
 
@@ -74,10 +75,7 @@ def save_adapter(
     layers = {n: _triplets(m, adapter_name) for n, m in adapted_layers(model).items()}
     pattern = record.patterns.get(adapter_name) if prune else None
     if pattern is not None:
-        layers = {
-            n: t.kept(torch.tensor(pattern[f"{n}.lora_E"], dtype=torch.bool))
-            for n, t in layers.items()
-        }
+        layers = {n: t.kept(pattern[f"{n}.lora_E"]) for n, t in layers.items()}
         config = replace(config, rank_pattern=_composed(config.rank_pattern, pattern))
     tensors = {
         f"{_PREFIX}{name}.lora_{part}": getattr(triplets, part).contiguous()

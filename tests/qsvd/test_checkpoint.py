@@ -318,7 +318,7 @@ for number in range(10**6):
 
 def test_a_killed_save_leaves_a_whole_pair(tmp_path: Path) -> None:
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
