@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import shlex
@@ -20,10 +19,11 @@ from conformance import __version__
 from conformance.case import Case
 from conformance.port import DEFAULT_PORT, Port, PortError, load_port
 from conformance.profile import PROFILES, Profile
+from conformance.report import FORMATS, write_report
 from conformance.spec import KINDS, clause_of, clauses, kinds_of, spec_version
 from conformance.terminal import render
 from conformance.trial import NotApplicable, Trial, run_clause
-from conformance.verdict import Outcome, PortVerdict, Status, as_json
+from conformance.verdict import Outcome, PortVerdict, Status
 from conformance.violation import Violation
 from conformance.xfails import Xfail, XfailError, load_xfails
 
@@ -39,6 +39,8 @@ class Session:
     case: Case | None
     reports: list[Path]
     xfails: tuple[Xfail, ...]
+    narrowed_by: list[str]
+    started: datetime.datetime
     outcomes: list[Outcome] = field(default_factory=list)
 
     def verdicts(self) -> list[PortVerdict]:
@@ -53,8 +55,12 @@ class Session:
             "spec_version": spec_version(),
             "seed": self.seed,
             "profile": self.profile.name,
+            "max_examples": self.profile.max_examples,
             "device": _device_name(self.device),
             "versions": _versions(),
+            "narrowed_by": self.narrowed_by,
+            "stale_xfails": [],
+            "time": _time_since(self.started),
         }
 
 
@@ -84,7 +90,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--report",
         action="append",
         metavar="PATH",
-        help="write the verdict to PATH (.json); repeatable",
+        help="write the verdict to PATH (.json or .html); repeatable",
     )
     group.addoption(
         "--xfails-file",
@@ -110,6 +116,8 @@ def pytest_configure(config: pytest.Config) -> None:
         case=_case(config.getoption("--case")),
         reports=_report_paths(config.getoption("--report") or []),
         xfails=_xfails(config.getoption("--xfails-file") or [], ports, device),
+        narrowed_by=_narrowed_by(config),
+        started=datetime.datetime.now(datetime.timezone.utc),
     )
     for identifier in config.getoption("--clause") or []:
         if identifier not in clauses():
@@ -224,8 +232,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     verdicts = state.verdicts()
     for path in state.reports:
-        text = json.dumps(as_json(verdicts, state.settings()), indent=2, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_report(path, verdicts, state.settings())
     if exitstatus == pytest.ExitCode.OK and not all(v.green for v in verdicts):
         # No test failed, and yet a port was never asked anything.
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -385,11 +392,27 @@ def _xfails(files: list[str], ports: dict[str, Port], device: torch.device) -> t
 def _report_paths(given: list[str]) -> list[Path]:
     paths = [Path(text) for text in given]
     for path in paths:
-        if path.suffix != ".json":
-            raise pytest.UsageError(f"--report {path}: the name must end in .json.")
+        if path.suffix not in FORMATS:
+            endings = " or ".join(FORMATS)
+            raise pytest.UsageError(f"--report {path}: the name must end in {endings}.")
         if not path.absolute().parent.is_dir():
             raise pytest.UsageError(f"--report {path}: its folder does not exist.")
     return paths
+
+
+def _narrowed_by(config: pytest.Config) -> list[str]:
+    """The options that ask for less than the whole suite, as they were typed."""
+    given = [f"--clause={clause}" for clause in config.getoption("--clause") or []]
+    for option in ("--layer", "--case", "-k", "-m"):
+        if value := config.getoption(option):
+            given.append(f"{option}={value}" if option.startswith("--") else f"{option} {value}")
+    return given
+
+
+def _time_since(started: datetime.datetime) -> dict[str, Any]:
+    """When a run started and how long it took: what two runs of one seed do not share."""
+    seconds = (datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()
+    return {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "seconds": round(seconds, 3)}
 
 
 def _device_name(device: torch.device) -> str:

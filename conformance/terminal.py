@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from conformance.ratio import shown
 from conformance.spec import clauses
 from conformance.verdict import ClauseVerdict, PortVerdict, Status
 
@@ -104,12 +104,10 @@ def _cell(verdict: ClauseVerdict | None) -> str:
 
 
 def _ratio(verdict: ClauseVerdict) -> str:
-    ratio = verdict.worst_ratio
-    if ratio == 0 or verdict.status in ("skip", "not-provided"):
+    if verdict.status in ("skip", "not-provided"):
         return ""
-    if not math.isfinite(ratio):
-        return " ∞"
-    return f" {ratio:.2f}" if ratio < 100 else f" {ratio:.0e}"
+    ratio = shown(verdict.worst_ratio)
+    return f" {ratio}" if ratio else ""
 
 
 def _print_failures(console: Console, port: PortVerdict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -126,34 +125,3 @@ class PortVerdict:
         return sum(
             c.status == status and (level is None or c.clause.level == level) for c in self.clauses
         )
-
-
-def as_json(ports: Sequence[PortVerdict], suite: dict[str, Any]) -> dict[str, Any]:
-    """The report of DESIGN section 3: the suite's settings, then every port's clauses."""
-    return {
-        "suite": suite,
-        "ports": [
-            {
-                "name": port.name,
-                "version": port.version,
-                "clauses": [_clause_json(c) for c in port.clauses],
-                "passed": port.passed,
-            }
-            for port in ports
-        ],
-    }
-
-
-def _clause_json(verdict: ClauseVerdict) -> dict[str, Any]:
-    shown = verdict.failures or verdict.outcomes
-    return {
-        "id": verdict.clause.id,
-        "level": verdict.clause.level,
-        "status": verdict.status,
-        "examples": sum(o.examples for o in verdict.outcomes),
-        # JSON has no infinity: null stands for an error where none is allowed.
-        "worst_ratio": verdict.worst_ratio if math.isfinite(verdict.worst_ratio) else None,
-        "message": "\n".join(dict.fromkeys(o.message for o in shown if o.message)),
-        "reproduce": next((o.reproduce for o in shown if o.reproduce), ""),
-        "layers": {o.kind: o.status for o in verdict.outcomes},
-    }

@@ -120,7 +120,7 @@ def test_a_broken_should_clause_is_told_and_does_not_fail_the_run() -> None:
         (["--device=cuda:77"], "--device cuda:77 cannot be used"),
         (["--max-examples=0"], "--max-examples must be at least 1, got 0."),
         (["--clause=FWD-0"], "--clause FWD-0: SPEC.md has no such clause."),
-        (["--report=verdict.txt"], "the name must end in .json."),
+        (["--report=verdict.txt"], "the name must end in .json or .html."),
         (["--case={}"], "--case: Not a case"),
         (["--port=qsvd", "--port=qsvd"], "a port named `qsvd` is given already"),
     ],
