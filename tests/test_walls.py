@@ -24,6 +24,8 @@ ALLOWED = {
         "hypothesis",
         "rich",
         "jsonschema",
+        "jinja2",
+        "markupsafe",
         "tomli",
     },
 }
