@@ -1,0 +1,67 @@
+"""`python -m tests.mutation`: judge every mutant of `qsvd`, then write docs/mutation.md.
+
+A run that is cut off goes on where it stopped, as long as the sources are the same. `--only TEXT` judges
+the mutants whose name has the text; `--report` writes the page from what was judged before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tests.mutation.classified import ClassificationError
+from tests.mutation.mutants import Mutant, all_mutants
+from tests.mutation.page import write_page
+from tests.mutation.results import Results, Verdict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument("--only", metavar="TEXT", default="", help="judge these mutants alone")
+    parser.add_argument("--report", action="store_true", help="judge nothing, write the page")
+    given = parser.parse_args(arguments)
+    results = Results()
+    mutants = all_mutants()
+    if not given.report:
+        judge_all([m for m in mutants if given.only in m.name], results)
+    if given.only:
+        return 0
+    try:
+        write_page(mutants, results.current)
+    except ClassificationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def judge_all(mutants: Sequence[Mutant], results: Results) -> None:
+    """Judge what has no verdict yet, a verdict a line in the results' file."""
+    waiting = [m for m in mutants if m.name not in results.current]
+    if not waiting:
+        return
+    from tests.mutation.judge import Judge  # a minute of warming up
+
+    judge = Judge()
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[alive]} alive  {task.description}"),
+    )
+    alive = 0
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(waiting), alive=0)
+        for mutant in waiting:
+            progress.update(bar, description=f"{mutant.file}: {mutant.function}")
+            former = results.former.get(mutant.name, Verdict())
+            verdict = judge.judge(mutant, suspected=former.clause)
+            results.add(mutant.name, verdict)
+            alive += not verdict.clause
+            progress.update(bar, advance=1, alive=alive)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The judge: each mutant in a process of its own, forked from one in which everything is warm.
+
+Two courts, one after the other. The first is the conformance suite, all clauses in the quick profile; the
+second, for what no port owes anybody, is tests/qsvd. Only what reaches the mutated statement is
+asked: a clause that never runs it cannot tell the mutant from the original.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from coverage import Coverage
+
+from conformance.port import load_port
+from conformance.spec import clauses
+from tests.mutants.asking import ON_REAL_WEIGHTS, findings
+from tests.mutation.mutants import PACKAGE, Mutant
+from tests.mutation.results import Verdict
+
+TESTS = Path("tests/qsvd")
+SECONDS = 240
+# What ran a line: (file, line) to the clauses, or the tests, in which it ran.
+Reach = Mapping[tuple[str, int], set[str]]
+
+
+class Judge:
+    """Asks the original once, to learn what reaches which line, and then mutants."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.kills: Counter[str] = Counter()
+        self._by_clause = self._learn_clauses()
+        self._by_test = _learn_tests()
+
+    def judge(self, mutant: Mutant, suspected: str = "") -> Verdict:
+        """What the courts say; `suspected` killed it before, and is asked first."""
+        asked = [c for c in self.seconds if self._reaches(mutant, c)]
+        # The cheapest way to a kill comes first.
+        asked.sort(key=lambda c: (c != suspected, -(self.kills[c] + 1) / (self.seconds[c] + 0.02)))
+        clause = _in_child(lambda: _first_finding(mutant, asked)) if asked else ""
+        if clause:
+            self.kills[clause] += 1
+            return Verdict(clause=clause, asked=len(asked))
+        tests = None if mutant.at_import else sorted(_reaching(self._by_test, mutant))
+        test = "" if tests == [] else _in_child(lambda: _first_failure(mutant, tests))
+        return Verdict(test=test, asked=len(asked))
+
+    def _reaches(self, mutant: Mutant, clause: str) -> bool:
+        return mutant.at_import or clause in _reaching(self._by_clause, mutant)
+
+    def _learn_clauses(self) -> Reach:
+        port = load_port("qsvd")
+        coverage = _coverage()
+        for clause in clauses():
+            if clause in ON_REAL_WEIGHTS:
+                continue
+            coverage.start()
+            coverage.switch_context(clause)
+            start = time.perf_counter()
+            blame = next(findings(clause, port), None)
+            self.seconds[clause] = time.perf_counter() - start
+            coverage.stop()
+            if blame is not None:
+                raise RuntimeError(f"{clause} fails on the original: {blame}")
+        return _reach(coverage)
+
+
+class _Tests:
+    """A pytest plugin: remembers the first failure, and tells coverage which test is running."""
+
+    def __init__(self, coverage: Coverage | None = None) -> None:
+        self.failed = ""
+        self.coverage = coverage
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.coverage is not None:
+            self.coverage.switch_context(item.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid or "collection"
+
+
+def _learn_tests() -> Reach:
+    """In a child, so that the tests are imported anew by every mutant."""
+
+    def learn() -> str:
+        coverage = _coverage()
+        plugin = _Tests(coverage)
+        coverage.start()
+        _pytest([str(TESTS)], plugin)
+        coverage.stop()
+        if plugin.failed:
+            raise RuntimeError(f"{plugin.failed} fails on the original.")
+        return json.dumps([[*key, sorted(names)] for key, names in _reach(coverage).items()])
+
+    found = json.loads(_in_child(learn, seconds=600))
+    return {(file, line): set(names) for file, line, names in found}
+
+
+def _coverage() -> Coverage:
+    return Coverage(data_file=None, include=[f"{PACKAGE}/*.py"], config_file=False, messages=False)
+
+
+def _reach(coverage: Coverage) -> Reach:
+    data = coverage.get_data()
+    return {
+        (Path(file).name, line): {name for name in names if name}
+        for file in data.measured_files()
+        for line, names in data.contexts_by_lineno(file).items()
+    }
+
+
+def _reaching(reach: Reach, mutant: Mutant) -> set[str]:
+    first, last = mutant.lines
+    found = (reach.get((mutant.file, line), set()) for line in range(first, last + 1))
+    return set().union(*found)
+
+
+def _first_finding(mutant: Mutant, asked: Iterable[str]) -> str:
+    """The first clause that blames the mutant."""
+    try:
+        _install(mutant)
+        port = load_port("qsvd")
+    except Exception:
+        return "import"
+    return next((c for c in asked if next(findings(c, port), None) is not None), "")
+
+
+def _first_failure(mutant: Mutant, tests: list[str] | None) -> str:
+    """The first of the tests, or of all tests, that fails on the mutant."""
+    _install(mutant)
+    plugin = _Tests()
+    _pytest(["-x", *(tests if tests is not None else [str(TESTS)])], plugin)
+    return plugin.failed
+
+
+def _pytest(arguments: list[str], plugin: _Tests) -> None:
+    # Everything that pytest would rewrite was imported long ago.
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    code = pytest.main([*options, *arguments], plugins=[plugin])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        raise RuntimeError(f"pytest gave up: {code!r}.")
+
+
+def _install(mutant: Mutant) -> None:
+    """Import `qsvd` again, one of its modules from the mutated source."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == "qsvd"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Finder(mutant))  # type: ignore[arg-type]
+    importlib.import_module("qsvd")
+
+
+class _Finder:
+    """Finds and loads the one module that the mutant replaces."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+        self.path = str(PACKAGE / mutant.file)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.mutant.module:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self.mutant.source, self.path, "exec"), vars(module))
+
+
+def _in_child(work: Callable[[], str], seconds: int = SECONDS) -> str:
+    """What `work` returns in a forked process; "timeout" or "crash" if it does not come back.
+
+    Raises:
+        RuntimeError: what went wrong in the child, when it was Python that said so.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _answer(work, writing, seconds)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "crash"
+    if os.waitstatus_to_exitcode(status) != 0 or not answer:
+        raise RuntimeError(answer or "The judge's child left without an answer.")
+    return answer[1:]
+
+
+def _answer(work: Callable[[], str], writing: int, seconds: int) -> None:
+    code = 1
+    try:
+        signal.alarm(seconds)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        answer = "=" + work()
+        code = 0
+    except BaseException as error:
+        answer = f"{type(error).__name__}: {error}"
+    with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+        pipe.write(answer)
+    os._exit(code)
