@@ -18,7 +18,8 @@ from conformance.vectors.loading import Outputs
 
 __all__ = ["as_json", "render"]
 
-SHOWN_FAILURES = 20
+SHOWN_FAILURES = 3
+SHOWN_UNKNOWN = 20
 BESIDE_THE_SENTENCE = 8 + 6 + 7 + 10 + 16  # the other columns, and the borders
 NARROWEST = BESIDE_THE_SENTENCE + 24
 _WORD: dict[Status, str] = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]"}
@@ -92,18 +93,20 @@ def _ratio(ratio: float) -> str:
 
 
 def _print_failures(console: Console, verdict: Verdict) -> None:
-    lines = [
-        (", ".join(sorted(finding.broken)), message)
-        for entry in verdict.vectors
-        for finding in entry.findings
-        for message in finding.messages
-    ]
-    for broken, message in lines[:SHOWN_FAILURES]:
-        console.print(f"[bold red]{broken}[/]: {escape(message)}", soft_wrap=True)
-    if len(lines) > SHOWN_FAILURES:
-        more = len(lines) - SHOWN_FAILURES
-        console.print(f"... and {more} more; --json PATH writes them all.", soft_wrap=True)
-    for key, file in verdict.unknown[:SHOWN_FAILURES]:
+    """Each broken clause with the first of its failures: one output may break several clauses."""
+    for entry in verdict.clauses:
+        if not entry.broken:
+            continue
+        clause, messages = entry.clause, [m for f in entry.broken for m in f.messages]
+        console.print(
+            f"[bold red]{clause.id}[/] {clause.level}: {escape(clause.sentence)}", soft_wrap=True
+        )
+        for message in messages[:SHOWN_FAILURES]:
+            console.print(f"  {escape(message)}", soft_wrap=True)
+        if len(messages) > SHOWN_FAILURES:
+            more = len(messages) - SHOWN_FAILURES
+            console.print(f"  ... and {more} more; --json PATH writes them all.", soft_wrap=True)
+    for key, file in verdict.unknown[:SHOWN_UNKNOWN]:
         console.print(
             f"[bold red]unknown[/]: {escape(f'{file}: no vector has key {key!r}.')}", soft_wrap=True
         )

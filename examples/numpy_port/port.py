@@ -111,12 +111,10 @@ class Adapter:
         dh = dy @ self.B * self.c
         dfolded = dh.T @ self.x
         dx = dh @ (self.A * self.E) * self.keep
-        return (
-            dx,
-            dfolded * self.E,
-            (dfolded * self.A).sum(1, keepdims=True),
-            dy.T @ self.h * self.c,
-        )
+        dA = dfolded * self.E
+        dE = (dfolded * self.A).sum(axis=1, keepdims=True)
+        dB = dy.T @ self.h * self.c
+        return dx, dA, dE, dB
 
 
 # --- the vectors ---------------------------------------------------------------------------------
