@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -99,5 +100,13 @@ def _write_json(path: Path, text: str, options: argparse.Namespace) -> None:
         raise OutputsError(f"--json {path}: it cannot be written ({reason}).") from None
 
 
+def _print_anything() -> None:
+    """A terminal that lacks a character shows an escape in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
+    _print_anything()
     sys.exit(main())
