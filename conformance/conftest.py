@@ -17,14 +17,18 @@ import torch
 
 from conformance import __version__
 from conformance.case import Case
-from conformance.port import DEFAULT_PORT, Port, PortError, load_port
+from conformance.devices import device_name, device_of_worker, resolve_device
+from conformance.judge import Answer
+from conformance.port import DEFAULT_PORT, PortError, port_name
 from conformance.profile import PROFILES, Profile
 from conformance.report import FORMATS, write_report
-from conformance.spec import KINDS, clause_of, clauses, kinds_of, spec_version
+from conformance.settings import Settings
+from conformance.spec import KINDS, Kind, clause_of, clauses, kinds_of, spec_version
 from conformance.terminal import render
-from conformance.trial import NotApplicable, Trial, run_clause
-from conformance.verdict import Outcome, PortVerdict, Status
+from conformance.trial import fp32_products_in_fp32
+from conformance.verdict import Outcome, PortVerdict
 from conformance.violation import Violation
+from conformance.warden import Host, SameProcess, Warden
 from conformance.xfails import Xfail, XfailError, load_xfails
 
 
@@ -32,7 +36,7 @@ from conformance.xfails import Xfail, XfailError, load_xfails
 class Session:
     """What the command line decided, and what was found so far."""
 
-    ports: dict[str, Port]
+    ports: dict[str, Host]
     device: torch.device
     profile: Profile
     seed: int
@@ -45,8 +49,10 @@ class Session:
 
     def verdicts(self) -> list[PortVerdict]:
         return [
-            PortVerdict(port.name, port.version, [o for o in self.outcomes if o.port == port.name])
-            for port in self.ports.values()
+            PortVerdict(
+                name, host.introduce().version, [o for o in self.outcomes if o.port == name]
+            )
+            for name, host in self.ports.items()
         ]
 
     def settings(self) -> dict[str, Any]:
@@ -56,7 +62,7 @@ class Session:
             "seed": self.seed,
             "profile": self.profile.name,
             "max_examples": self.profile.max_examples,
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "versions": _versions(),
             "narrowed_by": self.narrowed_by,
             "stale_xfails": [],
@@ -64,8 +70,19 @@ class Session:
         }
 
 
+@dataclass(frozen=True)
+class Question:
+    """One clause, asked of one layer of one port: what a test's `trial` is in pytest's process."""
+
+    port: str
+    kind: Kind
+
+
 SESSION = pytest.StashKey[Session]()
+ANSWER = pytest.StashKey[Answer]()
 _SHOULD = "a SHOULD clause"
+# A first compilation takes about 20 s on an idle machine; a hang is rare, and a false one is worse.
+PATIENCE = 120.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,12 +119,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--clause", action="append", metavar="ID", help="ask these clauses only; repeatable"
     )
     group.addoption("--layer", choices=KINDS, help="ask one of the two layers only")
+    group.addoption(
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        metavar="SECONDS",
+        help="a port that gives no sign of life for so long has hung, and is ended "
+        f"(default: {PATIENCE:g})",
+    )
+    group.addoption(
+        "--in-process",
+        action="store_true",
+        help="judge in pytest's own process, for debuggers and coverage: "
+        "a port that hangs, dies or tampers takes the run with it",
+    )
     group.addoption("--case", metavar="JSON", help="run this case only, as a failure printed it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    ports = _load_ports(config.getoption("--port") or [DEFAULT_PORT])
     device = _device(config.getoption("--device"))
+    ports = _ports(config, device)
     config.stash[SESSION] = Session(
         ports=ports,
         device=device,
@@ -122,10 +153,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for identifier in config.getoption("--clause") or []:
         if identifier not in clauses():
             raise pytest.UsageError(f"--clause {identifier}: SPEC.md has no such clause.")
-    # fp32 products are to be fp32 products: the bounds count fp32 accumulation.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    fp32_products_in_fp32()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -133,8 +161,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     session = metafunc.config.stash[SESSION]
     asked = [
-        (port.name, kind)
-        for port in session.ports.values()
+        (port, kind)
+        for port in session.ports
         for kind in kinds_of(metafunc.function)
         if metafunc.config.getoption("--layer") in (None, kind)
         and (session.case is None or session.case.kind == kind)
@@ -152,31 +180,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def trial(request: pytest.FixtureRequest) -> Trial:
-    """One clause, asked of one layer of one port."""
-    session = request.config.stash[SESSION]
-    name, kind = request.param
-    return Trial(
-        port=session.ports[name],
-        kind=kind,
-        device=session.device,
-        profile=session.profile,
-        seed=session.seed,
-        only=session.case,
-    )
+def trial(request: pytest.FixtureRequest) -> Question:
+    """What the clause's test is asked about; the trial itself is made where the port lives."""
+    return Question(*request.param)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    asked = pyfuncitem.funcargs.get("trial")
-    if not isinstance(asked, Trial):
+    question = pyfuncitem.funcargs.get("trial")
+    if not isinstance(question, Question):
         return None
-    if not asked.port.provides(asked.kind):
-        pytest.skip("not provided")
-    try:
-        run_clause(pyfuncitem.obj, asked)
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
+    host = pyfuncitem.config.stash[SESSION].ports[question.port]
+    answer = pyfuncitem.stash[ANSWER] = host.ask(pyfuncitem.obj, question.kind)
+    if answer.status in ("skip", "not-provided"):
+        pytest.skip(answer.message)
+    if answer.status == "fail":
+        raise answer.error or Violation(answer.message)
     return True
 
 
@@ -185,10 +204,10 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    asked = getattr(item, "funcargs", {}).get("trial")
-    if call.when != "call" or not isinstance(asked, Trial) or not isinstance(item, pytest.Function):
+    answer = item.stash.get(ANSWER, None)
+    if call.when != "call" or answer is None or not isinstance(item, pytest.Function):
         return report
-    outcome = _outcome(item, asked, call)
+    outcome = _outcome(item, answer)
     # On the item, because JUnit files read the properties off the teardown's report.
     item.user_properties.extend(outcome.for_junit())
     report.user_properties = [*report.user_properties, *outcome.as_properties()]
@@ -223,6 +242,32 @@ _session: Session | None = None
 def pytest_sessionstart(session: pytest.Session) -> None:
     global _session
     _session = session.config.stash[SESSION]
+    config = session.config
+    if config.getoption("collectonly") or hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist starts the ports that it is asked about, when it is
+    for host in _session.ports.values():
+        host.start()
+    if config.getoption("dist", "no") != "no":
+        # The workers ask. This process wants to know who the ports are, and whether they load.
+        _introductions(config)
+        for host in _session.ports.values():
+            host.stop()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not (session.config.getoption("collectonly") or hasattr(session.config, "workerinput")):
+        _introductions(session.config)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    if config.getoption("collectonly"):
+        return []
+    return [f"port: {name} {host.introduce().version}" for name, host in _hosts(config)]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for _, host in _hosts(config):
+        host.stop()
 
 
 @pytest.hookimpl(trylast=True)
@@ -251,16 +296,15 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 def pytest_report_header(config: pytest.Config) -> str:
     state = config.stash[SESSION]
-    ports = ", ".join(f"{p.name} {p.version}" for p in state.ports.values())
     return (
-        f"conformance: {ports}; specification {spec_version()}, profile {state.profile.name}, "
-        f"seed {state.seed}, {_device_name(state.device)}"
+        f"conformance: {', '.join(state.ports)}; specification {spec_version()}, "
+        f"profile {state.profile.name}, seed {state.seed}, {device_name(state.device)}"
     )
 
 
-def _outcome(item: pytest.Function, asked: Trial, call: pytest.CallInfo[None]) -> Outcome:
+def _outcome(item: pytest.Function, answer: Answer) -> Outcome:
     """What became of one clause, known failures taken into account."""
-    found = _found(item, asked, call)
+    found = _found(item, answer)
     known = next(
         (
             entry
@@ -279,83 +323,104 @@ def _outcome(item: pytest.Function, asked: Trial, call: pytest.CallInfo[None]) -
         status="xpass",
         message=f"{found.kind}: {found.clause} passes, although the xfails file says: "
         f"{known.reason}. Remove the entry.",
-        reproduce=_reproduce(item, asked, None),
+        reproduce=_reproduce(item, None),
     )
 
 
-def _found(item: pytest.Function, asked: Trial, call: pytest.CallInfo[None]) -> Outcome:
-    outcome = Outcome(
-        port=asked.port.name,
+def _found(item: pytest.Function, answer: Answer) -> Outcome:
+    asked = _question(item)
+    failed = answer.status == "fail"
+    return Outcome(
+        port=asked.port,
         clause=_clause_id(item),
         kind=asked.kind,
-        status="pass",
-        examples=asked.examples,
-        compared=asked.compared,
-        worst_ratio=asked.worst_ratio,
-        margins=asked.margins,
-    )
-    if call.excinfo is None:
-        return outcome
-    error = call.excinfo.value
-    if isinstance(error, pytest.skip.Exception):
-        reason = error.msg or ""
-        status: Status = "not-provided" if reason == "not provided" else "skip"
-        return replace(outcome, status=status, message=reason)
-    case = error.case if isinstance(error, Violation) else None
-    return replace(
-        outcome,
-        status="fail",
-        message=f"{asked.kind}: {error}",
-        reproduce=_reproduce(item, asked, case),
+        status=answer.status,
+        message=f"{asked.kind}: {answer.message}" if failed else answer.message,
+        reproduce=_reproduce(item, answer.case) if failed else "",
+        **answer.measured,
     )
 
 
-def _reproduce(item: pytest.Function, asked: Trial, case: Case | None) -> str:
+def _reproduce(item: pytest.Function, case: str | None) -> str:
     """One line that runs the failing case again."""
-    config = item.config
+    config, asked = item.config, _question(item)
+    session = config.stash[SESSION]
     folder = os.path.relpath(Path(__file__).parent, config.invocation_params.dir)
     words = ["pytest", folder, f"--port={_port_spec(config, asked.port)}"]
-    words += [f"--clause={_clause_id(item)}", f"--device={asked.device}", f"--seed={asked.seed}"]
+    words += [f"--clause={_clause_id(item)}", f"--device={session.device}"]
+    words.append(f"--seed={session.seed}")
     if case is None:
-        words += [f"--layer={asked.kind}", f"--profile={asked.profile.name}"]
+        words += [f"--layer={asked.kind}", f"--profile={session.profile.name}"]
     else:
-        words.append(f"--case={case.to_json()}")
+        words.append(f"--case={case}")
     return shlex.join(words)
 
 
-def _port_spec(config: pytest.Config, port: Port) -> str:
+def _question(item: pytest.Function) -> Question:
+    question = item.funcargs["trial"]
+    assert isinstance(question, Question)
+    return question
+
+
+def _port_spec(config: pytest.Config, name: str) -> str:
     """The port as it was spelled on the command line."""
-    given: list[str] = config.getoption("--port") or [DEFAULT_PORT]
-    return next((g for g in given if g == port.name or Path(g).stem == port.name), port.name)
+    return next(spec for spec in _port_specs(config) if port_name(spec) == name)
 
 
 def _clause_id(item: pytest.Function) -> str:
     return clause_of(item.obj).id
 
 
-def _load_ports(specs: list[str]) -> dict[str, Port]:
-    ports: dict[str, Port] = {}
-    for spec in specs:
-        try:
-            port = load_port(spec)
-        except PortError as error:
-            raise pytest.UsageError(str(error)) from None
-        if port.name in ports:
-            raise pytest.UsageError(f"--port {spec}: a port named `{port.name}` is given already.")
-        ports[port.name] = port
+def _port_specs(config: pytest.Config) -> list[str]:
+    return config.getoption("--port") or [DEFAULT_PORT]
+
+
+def _ports(config: pytest.Config, device: torch.device) -> dict[str, Host]:
+    """Where each port lives; nothing is started yet."""
+    if not config.getoption("--patience") > 0:
+        patience = config.getoption("--patience")
+        raise pytest.UsageError(f"--patience must be more than 0 seconds, got {patience:g}.")
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    own_device = device_of_worker(device, worker, torch.cuda.device_count())
+    kept_in = SameProcess if config.getoption("--in-process") else Warden
+    ports: dict[str, Host] = {}
+    for spec in _port_specs(config):
+        name = port_name(spec)
+        if name in ports:
+            raise pytest.UsageError(f"--port {spec}: a port named `{name}` is given already.")
+        ports[name] = kept_in(
+            Settings(
+                spec=spec,
+                device=str(own_device),
+                profile=_profile(config),
+                seed=config.getoption("--seed"),
+                case=config.getoption("--case"),
+                patience=config.getoption("--patience"),
+            )
+        )
     return ports
 
 
+def _hosts(config: pytest.Config) -> list[tuple[str, Host]]:
+    # pytest calls its last hooks although the command line was refused, and there is no session.
+    state = config.stash.get(SESSION, None)
+    return list(state.ports.items()) if state else []
+
+
+def _introductions(config: pytest.Config) -> None:
+    """Wait until all the ports are loaded; one that is no port ends the run here."""
+    for _, host in _hosts(config):
+        try:
+            host.introduce()
+        except PortError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise pytest.UsageError(f"--device {name} cannot be used: {reason}") from None
-    return device
+        return resolve_device(name)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _profile(config: pytest.Config) -> Profile:
@@ -377,7 +442,7 @@ def _case(text: str | None) -> Case | None:
         raise pytest.UsageError(f"--case: {error}") from None
 
 
-def _xfails(files: list[str], ports: dict[str, Port], device: torch.device) -> tuple[Xfail, ...]:
+def _xfails(files: list[str], ports: dict[str, Host], device: torch.device) -> tuple[Xfail, ...]:
     try:
         return tuple(
             entry
@@ -413,10 +478,6 @@ def _time_since(started: datetime.datetime) -> dict[str, Any]:
     """When a run started and how long it took: what two runs of one seed do not share."""
     seconds = (datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()
     return {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "seconds": round(seconds, 3)}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _versions() -> dict[str, str]:

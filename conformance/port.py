@@ -58,7 +58,12 @@ def load_port(spec: str) -> Port:
         PortError: when it does not import, has neither class, or declares an unknown arithmetic.
     """
     module = _import_file(Path(spec)) if spec.endswith(".py") else _import_module(spec)
-    return port_from_module(module, name=Path(spec).stem if spec.endswith(".py") else spec)
+    return port_from_module(module, port_name(spec))
+
+
+def port_name(spec: str) -> str:
+    """How a port is called: its dotted name, or its file's name."""
+    return Path(spec).stem if spec.endswith(".py") else spec
 
 
 def port_from_module(module: ModuleType, name: str) -> Port:

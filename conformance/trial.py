@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import UnsatisfiedAssumption
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from hypothesis.strategies import SearchStrategy
 from torch import nn
 
@@ -67,6 +68,8 @@ class Trial:
     examples: int = 0
     worst_ratio: float = 0.0
     ratios: dict[str, list[float]] = field(default_factory=dict)
+    # Told of every case before it runs: a sign of life, and who is to blame if none follows.
+    on_example: Callable[[Case], None] | None = None
     _case: Case | None = None
 
     # --- meeting the port -----------------------------------------------------------------------
@@ -116,6 +119,8 @@ class Trial:
         """Run a test's body on one case; whatever goes wrong names the case."""
         self._case = case
         self.examples += 1
+        if self.on_example is not None:
+            self.on_example(case)
         try:
             body(case)
         except Violation as violation:
@@ -151,8 +156,9 @@ class Trial:
         @settings(
             max_examples=max(1, self.profile.max_examples // cost),
             deadline=None,
-            database=_database(),
-            phases=(Phase.reuse, Phase.generate, Phase.shrink),
+            # Without a database: a run is decided by its seed, and not by what failed before it.
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False,
             print_blob=False,
@@ -161,7 +167,7 @@ class Trial:
         def explore(case: Case) -> None:
             self.example(case, body)
 
-        with _quiet():
+        with _quiet(), _same_draws_everywhere():
             explore()
 
     def check(self, body: Callable[[Case], None], probes: Iterable[Case]) -> None:
@@ -442,9 +448,29 @@ def _scaling(case: Case, index: int) -> float:
     return alpha if alpha > 0 else float(case.ranks[index])
 
 
-def _database() -> DirectoryBasedExampleDatabase | None:
-    """Failing examples are kept for the next run, but not in CI, where every run starts equal."""
-    return None if os.environ.get("CI") else DirectoryBasedExampleDatabase(".hypothesis/examples")
+def fp32_products_in_fp32() -> None:
+    """Products of fp32 matrices are to be fp32 products: the bounds count fp32 accumulation."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@contextlib.contextmanager
+def _same_draws_everywhere() -> Iterator[None]:
+    """Let the seed alone decide what is drawn.
+
+    Hypothesis also draws numbers that it finds in the source of local modules. A port's source, or a
+    neighbour's in the same process, would so decide which cases are tried.
+    """
+    found = getattr(providers, "_get_local_constants", None)
+    if found is None:  # another release, that has no such thing
+        yield
+        return
+    none = Constants()
+    providers.CONSTANTS_CACHE.cache.clear()
+    with mock.patch.object(providers, "_get_local_constants", return_value=none):
+        yield
+    providers.CONSTANTS_CACHE.cache.clear()
 
 
 @contextlib.contextmanager

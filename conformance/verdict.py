@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from conformance.margin import Margin
-from conformance.spec import Clause, Kind, clauses
+from conformance.spec import KINDS, Clause, Kind, clauses
 
 Status = Literal["pass", "fail", "xfail", "xpass", "skip", "not-provided"]
 # Over the two layers the gravest status is the clause's.
@@ -93,7 +93,15 @@ class PortVerdict:
         return tuple(
             ClauseVerdict(clause, asked)
             for clause in clauses().values()
-            if (asked := tuple(o for o in self.outcomes if o.clause == clause.id))
+            # Sorted: several processes report in an order of their own.
+            if (
+                asked := tuple(
+                    sorted(
+                        (o for o in self.outcomes if o.clause == clause.id),
+                        key=lambda o: KINDS.index(o.kind),
+                    )
+                )
+            )
         )
 
     @property

@@ -25,7 +25,7 @@ class Violation(AssertionError):
     def from_error(cls, error: Exception, case: Case | None) -> Violation:
         """An exception that came out of the port, with the line that raised it."""
         frames = traceback.extract_tb(error.__traceback__)
-        where = f" at {_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+        where = f" at {short_path(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
         text = str(error).strip().partition("\n")[0]
         return cls(f"The port raised {type(error).__name__}{where}: {text}", case=case)
 
@@ -59,7 +59,7 @@ def describe_elements(
     )
 
 
-def _short(filename: str) -> str:
+def short_path(filename: str) -> str:
     """The end of a path, from the last site-packages or the last three parts."""
     parts = filename.replace("\\", "/").split("/")
     if "site-packages" in parts:
