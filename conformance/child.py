@@ -20,6 +20,8 @@ _BOOT = (
 # Longer than any answer; a line beyond it is not one.
 _LONGEST_LINE = 1 << 22
 _KEPT = 1 << 15
+# What the worker prints before it loads the port.
+READY = "--- the port is loaded from here on ---"
 
 
 class Silence(Exception):
@@ -108,8 +110,9 @@ class Child:
         return code
 
     def last_words(self) -> str:
-        """The end of what it printed."""
-        return b"".join(self._printed)[-_KEPT:].decode(errors="replace")
+        """The end of what the port printed."""
+        printed = b"".join(self._printed)[-_KEPT:].decode(errors="replace")
+        return printed.rpartition(f"{READY}\n")[2]
 
     def _listen(self, stream: IO[bytes]) -> None:
         with stream:

@@ -49,9 +49,7 @@ class Session:
 
     def verdicts(self) -> list[PortVerdict]:
         return [
-            PortVerdict(
-                name, host.introduce().version, [o for o in self.outcomes if o.port == name]
-            )
+            PortVerdict(name, host.version, [o for o in self.outcomes if o.port == name])
             for name, host in self.ports.items()
         ]
 
@@ -262,7 +260,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     if config.getoption("collectonly"):
         return []
-    return [f"port: {name} {host.introduce().version}" for name, host in _hosts(config)]
+    return [f"port: {name} {host.version}" for name, host in _hosts(config)]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -16,17 +16,22 @@ from conformance.settings import Settings
 from conformance.spec import KINDS, Kind, clause_of
 from conformance.violation import Violation, short_path
 
+UNKNOWN = "unknown"
 # A port that hung so often, or died so often, is not started again: the run is to end.
 MAX_HANGS = 3
 MAX_DEATHS = 20
 # The worker's own alarm, which says where it hangs, goes off first.
 _GRACE = 5.0
+# To import torch and this suite, from a slow disk and before any port is there to be blamed.
+_STARTING = 600.0
 _QUOTED_LINES = 5
 _BLOCK = re.compile(
     r"^(?P<who>Current thread|Thread) .*\(most recent call first\):\n(?P<frames>(?:  .+\n?)+)",
     re.MULTILINE,
 )
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+# Whoever called torch or the standard library is named, and not the line there.
+_LIBRARY = re.compile(r"/torch/|/lib/python[\d.]+/(?!site-packages)")
 # faulthandler's report is told in one line of our own; it has addresses, which differ between runs.
 _REPORT = re.compile(r"^(Fatal Python error: |Timeout \(|(Current thread|Thread) 0x)", re.MULTILINE)
 
@@ -42,7 +47,12 @@ class Introduction:
 
 
 class Host(Protocol):
-    """Where a port lives and can be asked: in this process or in another."""
+    """Where a port lives and can be asked: in this process or in another.
+
+    `version` is the port's, once it has introduced itself.
+    """
+
+    version: str
 
     def start(self) -> None: ...
 
@@ -57,6 +67,7 @@ class SameProcess:
     """A port in this process, for debuggers and for measuring coverage: nothing guards against it."""
 
     def __init__(self, settings: Settings) -> None:
+        self.version = UNKNOWN
         self._settings = settings
         self._port: Port | None = None
 
@@ -68,6 +79,7 @@ class SameProcess:
         self.start()
         assert self._port is not None
         port = self._port
+        self.version = port.version
         return Introduction(port.version, tuple(port.constructors), port.arithmetic)
 
     def ask(self, test: Test, kind: Kind) -> Answer:
@@ -83,6 +95,7 @@ class Warden:
     """A port in a process of its own: one that hangs or dies fails the clause, and is started anew."""
 
     def __init__(self, settings: Settings) -> None:
+        self.version = UNKNOWN
         self._settings = settings
         self._child: Child | None = None
         self._introduction: Introduction | None = None
@@ -108,11 +121,12 @@ class Warden:
             self.start()
             assert self._child is not None
             self._child.say(self._settings.to_json())
+            self._child.hear(_STARTING)  # the worker is ready: from here on it is the port's time
             heard = self._child.hear(self._settings.patience + _GRACE)
         except (Silence, Gone) as loss:
             # There is no second try: every clause would wait for it again.
             lost = self._lose(loss, "while it was loaded")
-            self._introduction = Introduction("unknown", KINDS, lost=lost)
+            self._introduction = Introduction(UNKNOWN, KINDS, lost=lost)
             return self._introduction
         if "refused" in heard:
             self.stop()
@@ -121,6 +135,7 @@ class Warden:
         known = {f.name for f in fields(Introduction)}
         said = {k: v for k, v in heard.items() if k in known}
         self._introduction = Introduction(**{**said, "kinds": tuple(heard["kinds"])})
+        self.version = self._introduction.version
         return self._introduction
 
     def ask(self, test: Test, kind: Kind) -> Answer:
@@ -173,7 +188,7 @@ class Warden:
         assert self._child is not None
         code = self._child.kill(grace=0.0 if isinstance(loss, Silence) else 2.0)
         printed = self._child.last_words()
-        self._child = None
+        self._child, self._introduced = None, False
         patience = self._settings.patience
         if isinstance(loss, Silence) or f"Timeout ({_clock(patience)}" in printed:
             self._hangs += 1
@@ -208,7 +223,7 @@ def _place(printed: str) -> str:
     frames = _FRAME.findall((current or blocks)[-1]["frames"])
     if not frames:
         return ""
-    file, line, function = next((f for f in frames if "/torch/" not in f[0]), frames[0])
+    file, line, function = next((f for f in frames if not _LIBRARY.search(f[0])), frames[0])
     return f"in `{function}` ({short_path(file)}:{line})"
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from conformance.case import Case
 from conformance.chapters import test_of, tests_by_clause
+from conformance.child import READY
 from conformance.judge import judge
 from conformance.port import Port, PortError, load_port
 from conformance.settings import Settings
@@ -34,6 +35,9 @@ class Worker:
         tests_by_clause()
         fp32_products_in_fp32()
         self.watch()
+        # What was printed until here is not the port's.
+        print(READY, file=sys.stderr, flush=True)
+        self.say({"ready": True})
         try:
             port = load_port(self.settings.spec)
         except PortError as error:
