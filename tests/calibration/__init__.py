@@ -1,0 +1,1 @@
+"""How near honest implementations come to the bounds: `python -m tests.calibration`."""
