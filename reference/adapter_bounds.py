@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from reference.adapter import Adapter, AdapterGradients, in_float64
 from reference.arithmetic import Arithmetic, Bounded
 from reference.chain import DROPOUT_ROUNDINGS, ChainBound, Roundings, Scale, bound_chain
+from reference.formats import FORMATS, power_of_two_below
 from reference.singular import bound_singular
 
 __all__ = ["bound_gradients", "bound_output"]
@@ -79,55 +80,64 @@ def bound_gradients(
 class _Contribution(NamedTuple):
     """An addend in the io format, (rows, n), with what stacking it with others needs to know.
 
-    terms: non-zero products of its last sum. path: its c |L||C||R|, see `reference.chain`.
+    terms: non-zero products of its last sum. path, last: its c |L||C||R| and c |L C||R|, see
+    `reference.chain`.
     """
 
     value: F64
     bound: F64
     terms: F64
     path: F64
+    last: F64
 
 
 def _add_to(base: F64, parts: Sequence[_Contribution], arithmetic: Arithmetic) -> Bounded:
     """base + the sum of parts, in any order, in io or in the accumulator.
 
-    N addends that are not zero take N - 1 additions. The last rounds the result, u |y|; the others
-    round partial sums, at most |base| + sum |parts| each. If the base starts the accumulator, the
-    sums over the rank (of all adapters at once, if they are stacked) round it along: u_a ν |base|.
+    N addends that are not zero take N - 1 additions. The last rounds the result, by half a unit in
+    the last place of a number up to |y| + error, which is u times a power of two; the others round
+    partial sums, at most |base| + sum |parts| each. If the base starts the accumulator, the sums over
+    the rank (of all adapters at once, if they are stacked) carry it along: where a partial sum was
+    at most P = c |L C||R| and charged u_a P, it is up to |base| + P, and is rounded by u_a times the
+    power of two below that.
     Stacked adapters also share one sum over all their ranks, or one dense weight: each path then
     meets the other adapters' ν, and K - 1 stores of the sums of K dense weights.
     """
     u, eta = arithmetic.io.roundoff, arithmetic.io.underflow
     value, error = base.copy(), np.zeros_like(base)
     magnitude, terms = np.abs(base), np.zeros_like(base)
+    alone = np.zeros_like(base)
     addends = (base != 0).astype(np.float64)
     for part in parts:
         value += part.value
         error += part.bound
         magnitude += np.abs(part.value) + part.bound
         terms += part.terms
+        alone += part.last
         addends += np.sign(part.terms)
     additions = np.maximum(addends - 1.0, 0.0)
     partial = ((1.0 + u) ** np.maximum(additions - 1.0, 0.0) - 1.0) * magnitude
     ua = arithmetic.accumulator
-    started = ua * terms * np.abs(base)
+    carried = power_of_two_below(np.abs(base) + alone) - alone
+    started = ua * terms * np.where(base != 0, np.maximum(carried, 0.0), 0.0)
     others = np.maximum(addends - (base != 0) - 1.0, 0.0) * arithmetic.store
     stacked = sum(
         ((ua * (terms - part.terms) + others) * part.path for part in parts), np.zeros_like(base)
     )
     error = error + partial + (started + stacked) / (1.0 - ua * terms)
-    last = np.sign(additions) * u * (np.abs(value) + error)
+    last = np.sign(additions) * u * power_of_two_below(np.abs(value) + error)
     bound = error + last + additions * eta
     return Bounded(value, np.where(terms > 0, bound, 0.0))
 
 
 def _to_io(chain: ChainBound, arithmetic: Arithmetic) -> _Contribution:
-    """The chain's result cast to io."""
-    u, eta = arithmetic.io.roundoff, arithmetic.io.underflow
+    """The chain's result cast to io; what float32 accumulated, float32 holds as it is."""
+    io = arithmetic.io
+    u = io.roundoff if io.precision < FORMATS["float32"].precision else 0.0
     error = chain.relative + chain.underflow
-    error = error + u * (np.abs(chain.value) + error) + eta
+    error = error + u * power_of_two_below(np.abs(chain.value) + error) + io.underflow
     return _Contribution(
-        chain.value, np.where(chain.terms > 0, error, 0.0), chain.terms, chain.path
+        chain.value, np.where(chain.terms > 0, error, 0.0), chain.terms, chain.path, chain.last
     )
 
 
@@ -175,6 +185,7 @@ def _dx(x: F64, dout: F64, adapter: Adapter, arithmetic: Arithmetic) -> _Contrib
             relative=chain.relative * survival,
             underflow=(chain.underflow + arithmetic.compute.underflow) * survival,
             path=chain.path * survival,
+            last=chain.last * survival,
             terms=chain.terms * np.sign(survival),
         )
     return _to_io(chain, arithmetic)

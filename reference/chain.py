@@ -21,9 +21,11 @@ rounded there| |what the exact rest of the chain multiplies it by|:
 
 (A sum of ν non-zero products in any order makes at most ν roundings of partial sums, none of which
 exceeds the sum of magnitudes: one for the product, ν - 1 for the additions. Zeros add exactly.)
-The two associations exclude each other, so their costs enter by their maximum. c (two
-multiplications: by s, and by 1/ρ' with ρ' = ρ + 1e-5) and E (one) may be applied to any operand, to
-the intermediate or to the result; no level exceeds `path`, which is what they are charged.
+A row of L that holds powers of two only, a one-hot x above all, makes its products exactly: there
+each of its sums rounds once less. The two associations exclude each other, so their costs enter by
+their maximum. c (`Scale.products` multiplications) and E (one) may be applied to any operand, to
+the intermediate or to the result; no level exceeds `path`, which is what they are charged. The
+scalars that make c are numbers that we know, so what is lost on them is computed (`Scale.error`).
 Terms of higher order are at most (e^κ - 1 - κ) path, κ being the sum of all charges along a path.
 
 **Underflow.** A store moreover errs by η. What is stored may still lack any of s, 1/ρ' and E_b, so
@@ -36,6 +38,7 @@ float64's own error, about (a + b + 16) 2^-53 path, is far inside the terms of h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,7 +46,7 @@ from numpy.typing import NDArray
 
 from reference.adapter import RANKNUM_OFFSET, Adapter
 from reference.arithmetic import Arithmetic
-from reference.formats import FORMATS
+from reference.formats import FLOAT64, FORMATS, power_of_two_below, round_to
 
 __all__ = ["ChainBound", "Roundings", "Scale", "bound_chain", "triple"]
 
@@ -51,8 +54,6 @@ F64 = NDArray[np.float64]
 
 STORES = 4  # cast, E, s, 1/rho': how often one place may be stored, see the module's docstring.
 DROPOUT_ROUNDINGS = 3  # 1 - p, its reciprocal, and the product with x.
-SCALAR_ROUNDINGS = 4  # s, the constant 1e-5, its sum with rho, and s over that sum.
-SCALE_PRODUCTS = 2  # times s and over rho'; folding c makes it one.
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,32 @@ class Scale:
     def c(self) -> float:
         """The factor that the contract multiplies by."""
         return self.scaling / self.divisor
+
+    @property
+    def products(self) -> int:
+        """How often c is multiplied by: by s and by 1/ρ'; a power of two, or zero, rounds nothing."""
+        return 1 if abs(np.frexp(self.scaling)[0]) in (0.0, 0.5) else 2
+
+    @cache  # noqa: B019  a handful of frozen values, and no arrays
+    def error(self, arithmetic: Arithmetic) -> float:
+        """Relative error of c, or of s and 1/ρ', before they meet the chain.
+
+        s may be taken into compute; ρ + 1e-5 may be formed exactly, in float32 or in compute, from a
+        1e-5 that was rounded before or not. Each of these numbers is known, and so is the worst.
+        Then one division rounds, to float32 and from there to compute: s / ρ', or 1 / ρ'.
+        """
+        compute, single = arithmetic.compute, FORMATS["float32"]
+        offset = RANKNUM_OFFSET
+        ranknum = self.divisor - offset
+        sums = [float(round_to(ranknum + round_to(offset, f), single)) for f in (single, FLOAT64)]
+        sums += [float(round_to(s, compute)) for s in sums]
+        narrow = round_to(ranknum, compute) + round_to(offset, compute)
+        sums.append(float(round_to(narrow, compute)))
+        lost = max(abs(s - self.divisor) for s in sums) / abs(self.divisor)
+        if self.scaling:
+            s = self.scaling
+            lost += abs(float(round_to(round_to(s, single), compute)) - s) / abs(s)
+        return lost + compute.roundoff + (single.roundoff if arithmetic.narrow else 0.0)
 
     @property
     def amplification(self) -> float:
@@ -98,16 +125,17 @@ class Roundings(NamedTuple):
 
 
 class ChainBound(NamedTuple):
-    """Z (m, o), and what bounds |Ẑ - Z| <= relative + underflow, with two by-products.
+    """Z (m, o), and what bounds |Ẑ - Z| <= relative + underflow, with three by-products.
 
-    `path`: c |L||C||R|, the largest level. `terms`: non-zero products of the last sum, (m, o); zero
-    where Ẑ is an exact zero.
+    `path`: c |L||C||R|, the largest level. `last`: c |L C||R|, which no partial sum of (L C) R exceeds.
+    `terms`: non-zero products of that sum, (m, o); zero where Ẑ is an exact zero.
     """
 
     value: F64
     relative: F64
     underflow: F64
     path: F64
+    last: F64
     terms: F64
 
 
@@ -150,25 +178,29 @@ def bound_chain(
     terms = np.sign(inner) @ nz_r  # m, o: of each entry of (L C) R
     ranks = float(np.count_nonzero(np.any(nz_c, axis=0) & np.any(nz_r, axis=1)))
     width = nz_l.sum(axis=1, keepdims=True)  # m, 1: at least the non-zero products in L (C R)
+    exact = np.all(power_of_two_below(abs_l) == abs_l, axis=1, keepdims=True)  # m, 1
+    rounded = np.maximum(inner - exact, 0.0)
     accumulation = np.maximum(
-        ua * ((inner * (abs_l @ np.abs(folded))) @ abs_r + terms * left_level) + store * left_level,
-        ua * (ranks * path + width * right_level) + store * right_level,
+        ua * ((rounded * (abs_l @ np.abs(folded))) @ abs_r + terms * left_level)
+        + store * left_level,
+        ua * (ranks * path + np.maximum(width - exact, 0.0) * right_level) + store * right_level,
     )
 
     io_level = {"left": right_level, "centre": path, "out": out_level}[roundings.io_at]
-    scaling = SCALE_PRODUCTS * np.maximum(u * path, arithmetic.io.roundoff * io_level)
-    scalars = SCALAR_ROUNDINGS + arithmetic.casts
+    scaling = scale.products * np.maximum(u * path, arithmetic.io.roundoff * io_level)
+    scalars = scale.error(arithmetic)
     first_order = (
         accumulation
         + scaling
         + u * (roundings.left * right_level + roundings.right * left_level)
         + u * (roundings.centre + 1) * path  # + 1: E
-        + (u * (roundings.out + scalars) + arithmetic.input_casts * store) * out_level
+        + (u * roundings.out + scalars + arithmetic.input_casts * store) * out_level
     )
-    counts = sum(roundings[:4]) + 1 + scalars + 3 * int(arithmetic.narrow)
+    counts = sum(roundings[:4]) + 1 + 3 * int(arithmetic.narrow)
     kappa = (
         u * counts
-        + SCALE_PRODUCTS * max(u, arithmetic.io.roundoff)
+        + scalars
+        + scale.products * max(u, arithmetic.io.roundoff)
         + ua * (inner.max(initial=0.0) + width.max(initial=0.0) + ranks + terms.max(initial=0.0))
     )
     higher_order = (np.expm1(kappa) - kappa) * path
@@ -180,6 +212,7 @@ def bound_chain(
             (abs_l, abs_c, abs_r), singular, inner, terms, ranks, scale, roundings, arithmetic
         ),
         path=abs(scale.c) * path,
+        last=abs(scale.c) * left_level,
         terms=terms,
     )
 

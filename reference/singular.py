@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference.arithmetic import Arithmetic, Bounded
-from reference.chain import SCALAR_ROUNDINGS, SCALE_PRODUCTS, STORES, Scale
+from reference.chain import STORES, Scale
 from reference.formats import FORMATS
 
 __all__ = ["bound_singular"]
@@ -75,18 +75,19 @@ def bound_singular(
     elementwise = u * np.maximum(level_q, level_w)  # q∘A, or B∘w, stored before it is summed
     anywhere = np.max([alpha_p, alpha_h, level_k, level_q, level_w, pi], axis=0)
     result = (q * A).sum(axis=1)
-    scalars = SCALAR_ROUNDINGS + arithmetic.casts
+    scalars = scale.error(arithmetic)
     first_order = (
         np.max(orders, axis=0)
         + elementwise
-        + SCALE_PRODUCTS * np.maximum(u * anywhere, arithmetic.io.roundoff * alpha_p)
+        + scale.products * np.maximum(u * anywhere, arithmetic.io.roundoff * alpha_p)
         + u * (arithmetic.casts * (level_q + level_w) + dropout_roundings * alpha_h)
         + u * arithmetic.input_casts * (alpha_p + alpha_h)
-        + (u * scalars + store) * np.abs(result)
+        + (scalars + store) * np.abs(result)
     )
     kappa = (
-        u * (scalars + dropout_roundings + 2 + 4 * arithmetic.casts + 2 * arithmetic.input_casts)
-        + SCALE_PRODUCTS * max(u, arithmetic.io.roundoff)
+        u * (dropout_roundings + 2 + 4 * arithmetic.casts + 2 * arithmetic.input_casts)
+        + scalars
+        + scale.products * max(u, arithmetic.io.roundoff)
         + ua * (n_rows + n_out + n_in)
     )
     relative = abs(scale.c) * (first_order + (np.expm1(kappa) - kappa) * tau)

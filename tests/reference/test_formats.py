@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from reference import FLOAT64, FORMATS, TF32, round_to
+from reference.formats import power_of_two_below
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,3 +71,17 @@ def test_an_unknown_format_is_refused_by_name() -> None:
     """The message names the format and the known ones."""
     with pytest.raises(ValueError, match=r"`float8`.*`bfloat16`"):
         round_to(1.0, "float8")
+
+
+def test_half_a_unit_in_the_last_place_bounds_a_rounding() -> None:
+    """roundoff times the power of two below is never more than roundoff times the value, and is reached."""
+    rng = np.random.default_rng(0)
+    v = np.abs(rng.standard_normal(4096)) * 2.0 ** rng.integers(-8, 8, 4096)
+    below = power_of_two_below(v)
+
+    assert ((below <= v) & (v < 2 * below)).all()
+    error = np.abs(round_to(v, "bfloat16") - v)
+    assert (error <= 2.0**-8 * below).all()
+    assert error.max() > 0
+    assert (error / below).max() > 0.95 * 2.0**-8
+    np.testing.assert_array_equal(power_of_two_below(np.array([0.0, 1.0, 3.0])), [0.0, 1.0, 2.0])
