@@ -526,3 +526,25 @@ def test_set_adapter_chooses_what_is_trained(trial: Trial) -> None:
                     )
 
     trial.check(body, [Case(trial.kind, "float32", 8, 5, (2,), (2, 4, 1))])
+
+
+@clause("ADPT-12")
+def test_a_further_adapter_takes_the_layers_mode(trial: Trial) -> None:
+    def body(case: Case) -> None:
+        complete = draw(case)
+        alone = replace(case, ranks=case.ranks[:1], dropouts=case.dropouts[:1])
+        setup = trial.build(alone, data=replace(complete, adapters=complete.adapters[:1]))
+        setup = replace(setup, case=case, data=complete)
+        for index, new in enumerate(case.names[1:], start=1):
+            setup.add_adapter(new, index)
+        setup.layer.set_adapter(list(case.names))
+        setup.install()
+        assert_sum(trial, setup, case.names, "y of a layer in eval mode that got another adapter")
+
+    trial.check(
+        body,
+        [
+            Case(trial.kind, dtype, 64, 5, (3,), (3, 2), dropouts=(0.0, 0.5), training=False)
+            for dtype in DTYPES
+        ],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -398,3 +399,23 @@ def test_real_weights_and_activations(trial: Trial) -> None:
         assert_gradients(trial, setup, setup.run())
 
     trial.check(body, real_cases(trial.kind))
+
+
+@clause("GRAD-26")
+def test_frozen_parameters(trial: Trial) -> None:
+    parts: dict[str, Part] = {"lora_A": "dA", "lora_E": "dE", "lora_B": "dB"}
+
+    def body(case: Case) -> None:
+        for frozen in (*combinations(parts, 1), *combinations(parts, 2)):
+            setup = trial.build(case)
+            for part in frozen:
+                for name in case.names:
+                    getattr(setup.layer, part)[name].requires_grad_(False)
+            run = setup.run()
+            for part in frozen:
+                for name, gradient in zip(case.names, getattr(run, parts[part]), strict=True):
+                    trial.assert_that(gradient is None, f"{part}[{name!r}] is frozen, and learns.")
+            trained = tuple(d for part, d in parts.items() if part not in frozen)
+            assert_gradients(trial, setup, run, ("dx", *trained))
+
+    trial.check(body, [Case(trial.kind, dtype, 8, 5, (3,), (3, 2)) for dtype in DTYPES])

@@ -401,3 +401,31 @@ def test_other_initial_weights_are_not_the_identity(trial: Trial) -> None:
             )
 
     trial.check(body, [Case(trial.kind, dtype, 8, 5, (2,), (3,)) for dtype in DTYPES])
+
+
+@clause("INIT-12")
+def test_arguments_that_are_left_out(trial: Trial) -> None:
+    def body(case: Case) -> None:
+        data, name = draw(case), case.names[0]
+        bare: Any = trial.construct(build_base(case, data, trial.device), name)
+        got = bare.r[name]
+        trial.assert_that(got == 0, f"r[{name!r}] is {got} where r was left out, expected 0.")
+        base = build_base(case, data, trial.device)
+        setup = Setup(trial, case, data, base, trial.construct(base, name, r=case.ranks[0]))
+        for layer, given in ((bare, "nothing"), (setup.layer, "r alone")):
+            for what in ("lora_alpha", "scaling"):
+                got = getattr(layer, what)[name]
+                wanted = case.alpha(0)
+                trial.assert_that(
+                    got == wanted, f"{what}[{name!r}] is {got} where {given} was given, expected 1."
+                )
+            y = setup.forward(layer=layer.train())
+            trial.assert_same_bits(f"y where {given} was given", y, setup.base_output())
+        setup.install()
+        x, adapters, output = setup.data.x, setup.adapters(), setup.base_output()
+        expected = oracle.expected_output(x, adapters, output, setup.arithmetic)
+        trial.assert_within("y in train mode where r alone was given", setup.forward(), expected)
+
+    trial.check(
+        body, [Case(trial.kind, dtype, 8, 5, (2,), (3,), alphas=(1.0,)) for dtype in DTYPES]
+    )

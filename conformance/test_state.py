@@ -137,17 +137,26 @@ def test_a_loaded_state_dict_gives_the_same_bits(trial: Trial) -> None:
             # The adapters alone, over a base layer that has its weight already.
             fresh = trial.build(other, data=_other_adapters(setup.data))
             adapters = {k: v for k, v in state.items() if not k.startswith("base_layer.")}
-            fresh.layer.load_state_dict(adapters, strict=False)
+            _load_and_wipe(fresh.layer, adapters, strict=False)
             when = f"after the adapters of a {'used' if used else 'new'} layer were loaded"
             assert_same_run(trial, setup, when, setup.run(layer=fresh.layer), wanted)
 
             # Everything, over a base layer that has another weight.
             fresh = trial.build(other, data=_other_adapters(_other_base(setup.data, case)))
-            fresh.layer.load_state_dict(state)
+            _load_and_wipe(fresh.layer, state)
             when = f"after the state_dict of a {'used' if used else 'new'} layer was loaded"
             assert_same_run(trial, setup, when, setup.run(layer=fresh.layer), wanted)
 
     trial.check(body, layers(trial))
+
+
+def _load_and_wipe(layer: Any, state: Mapping[str, torch.Tensor], **options: Any) -> None:
+    """Load a copy of a state_dict, and overwrite the copy: a layer must not live on its memory."""
+    given = copy.deepcopy(dict(state))
+    tensors = list(given.values())
+    layer.load_state_dict(given, **options)
+    for tensor in tensors:
+        tensor.zero_()
 
 
 def _other_adapters(data: Data) -> Data:

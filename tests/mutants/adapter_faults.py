@@ -246,3 +246,10 @@ class AllTrainable(HonestLayer):
         super().set_adapter(names)
         for parameters in (self.lora_A, self.lora_E, self.lora_B):
             parameters.requires_grad_(True)
+
+
+@mutant("starts adapters in train mode", kills=("ADPT-12",), kind="masks", only="eval")
+class BornInTrainMode(HonestLayer):
+    def update_layer(self, adapter_name: str, *rest: Any, **named: Any) -> None:
+        super().update_layer(adapter_name, *rest, **named)
+        self.lora_dropout[adapter_name].train()

@@ -331,3 +331,17 @@ class LosesWideGradients(_Tampers):
     def change(self, part: str, t: Tensor) -> Tensor:
         wide = part == "A" and t.shape[1] > 256
         return tampered(t, lambda g: g * (g.abs() > 1e-3 * g.abs().max())) if wide else t
+
+
+@mutant("trains B only together with A", kills=("GRAD-26",), kind="autograd", only="backward")
+class TrainsBWithA(HonestLayer):
+    def triplets(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        A, E, B = super().triplets(name)
+        return A, E, B if A.requires_grad else B.detach()
+
+
+@mutant("trains what is frozen", kills=("GRAD-26",), kind="autograd")
+class TrainsFrozen(HonestLayer):
+    def triplets(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        self.lora_E[name].requires_grad_(name in self.active_adapters)
+        return super().triplets(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -216,3 +216,32 @@ class EvaluatesFirst(HonestLayer):
 class AlwaysIdentity(HonestLayer):
     def reset(self, name: str, identity: bool) -> None:
         super().reset(name, True)
+
+
+class _Defaults(HonestLayer):
+    """Its own idea of what an argument is that was left out."""
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **named: Any) -> None:
+        super().__init__(base_layer, adapter_name, **(self.defaults | named))
+
+
+@mutant("has rank 8 if no rank is given", kills=("INIT-12",), kind="initialisation")
+class DefaultRank(_Defaults):
+    defaults = {"r": 8}
+
+
+@mutant("scales by 8 if no alpha is given", kills=("INIT-12",), kind="initialisation")
+class DefaultAlpha(_Defaults):
+    defaults = {"lora_alpha": 8}
+
+
+@mutant("drops a tenth if no dropout is given", kills=("INIT-12",), kind="initialisation")
+class DefaultDropout(_Defaults):
+    defaults = {"lora_dropout": 0.1}
+
+
+@mutant("is not the identity if nobody asks for it", kills=("INIT-12",), kind="initialisation")
+class DefaultInitialisation(_Defaults):
+    defaults = {"init_lora_weights": False}

@@ -184,3 +184,9 @@ class OnlyATrainable(HonestLayer):
     def set_adapter(self, names: Any) -> None:
         super().set_adapter(names)
         self.lora_E.requires_grad_(False)
+
+
+@mutant("keeps a checkpoint's own tensors", kills=("STATE-2",), kind="aliasing")
+class KeepsCheckpoint(HonestLayer):
+    def load_state_dict(self, state_dict: Any, *rest: Any, **named: Any) -> Any:
+        return super().load_state_dict(state_dict, *rest, **(named | {"assign": True}))
