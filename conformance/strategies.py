@@ -125,7 +125,7 @@ def probes(
 
 # Divisors of 1e-5 and a power of two. The last three are so small that a wrong 1e-5 is a hundredth
 # to a twentieth of them, which 8 significant bits show: bf16 sees it in y, and in the gradient of x.
-_DIVISORS = ((2, 1, 0), (1, 0, 4), (0, 4, 3), (4, 3, 2), (3, 2, 1), (-11, -10, -12))
+_DIVISORS = ((2, 1, 0), (-1, 0, 4), (0, 4, 3), (4, 3, 2), (3, 2, 1), (-11, -10, -12))
 _SMALL_DIVISOR = 5
 # Where the rank is also in (last but one), or out and the number of rows (last), E fits a wrong axis.
 _DYADIC_SHAPES = (

@@ -33,7 +33,7 @@ def fingerprint() -> str:
         for module in list(sys.modules.values())
         if getattr(module, "__file__", None) and module.__file__ is not None
     }
-    ours = sorted(f for f in files if f.is_relative_to(ROOT) and f.suffix == ".py")
+    ours = sorted(f for f in files if f.is_relative_to(ROOT) and f.is_file())
     for path in [*ours, SPEC_PATH]:
         digest.update(str(path.relative_to(ROOT)).encode())
         digest.update(path.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -17,6 +18,7 @@ from tests.mutants.asking import by_clause
 Half = Literal["both", "probes", "search"]
 
 
+@dataclass
 class HalfTrial(Trial):
     """A trial that can leave a search's probes out, or the search itself."""
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from conformance.port import Arithmetic, Port
+from conformance.port import Arithmetic, Port, load_port
+from tests.mutants.by_hand import ByHand
 from tests.mutants.honest import HonestLayer
 from tests.mutants.mutant import over_both_bases
 
@@ -117,6 +118,44 @@ class Blocks(HonestLayer):
         return linear(hidden, B)
 
 
+@variant("differentiated by hand")
+class Differentiated(ByHand):
+    """A backward of its own, which computes the hidden vector again."""
+
+
+@variant("computes in fp64")
+class InDouble(HonestLayer):
+    def delta(self, x: Tensor, name: str) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            A, E, B = (t.double() for t in self.triplets(name))
+            delta = self.product(self.dropped(x, name).double(), A, E, B)
+            return (delta * self.factor(name).double()).float()
+
+
+@variant("goes through the rows in chunks")
+class Chunks(HonestLayer):
+    def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+        if x.dim() < 2 or not x.shape[0]:
+            return super().product(x, A, E, B)
+        return torch.cat([linear(linear(rows, A * E), B) for rows in x.split(7)])
+
+
+@variant("sums outer products rank by rank")
+class RankByRank(HonestLayer):
+    def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+        delta = x.new_zeros((*x.shape[:-1], len(B)))
+        for a, e, b in zip(A, E[:, 0], B.T, strict=True):
+            delta = delta + ((x * a).sum(-1, keepdim=True) * e) * b
+        # With no rank, A, E and B still take part in the graph.
+        return delta if len(A) else super().product(x, A, E, B)
+
+
+@variant("contracts with einsum")
+class Einsum(HonestLayer):
+    def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+        return torch.einsum("...i,ri,r,mr->...m", x, A, E[:, 0], B)
+
+
 def _product(x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
     return linear(linear(x, A * E), B)
 
@@ -129,3 +168,7 @@ class Compiled(HonestLayer):
     def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
         y: Tensor = _compiled(x, A, E, B)
         return y
+
+
+# The layer that this project ships: one addmm, E and c folded into A, and a backward of its own.
+VARIANTS["qsvd"] = load_port("qsvd")
