@@ -91,6 +91,15 @@ def test_the_layer_takes_the_base_layers_mode(kind):
     assert not layer(kind, base=base_layer(kind).eval()).training
 
 
+def test_update_layer_has_the_constructors_defaults(kind):
+    adapted = layer(kind)
+    adapted.update_layer("other", 3)
+
+    assert (adapted.lora_alpha["other"], adapted.scaling["other"]) == (1, 1)
+    assert isinstance(adapted.lora_dropout["other"], nn.Identity)
+    assert not adapted.lora_E["other"].any()
+
+
 def test_update_layer_adds_an_adapter_without_activating_it(kind):
     adapted = randomised(layer(kind))
     before = {k: v.clone() for k, v in adapted.state_dict().items() if "default" in k}
