@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import shlex
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from conformance.trial import fp32_products_in_fp32
 from conformance.verdict import Outcome, PortVerdict
 from conformance.violation import Violation
 from conformance.warden import Host, SameProcess, Warden
-from conformance.xfails import Xfail, XfailError, load_xfails
+from conformance.xfails import Xfail, XfailError, load_xfails, refuse_overlaps, stale
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Session:
     narrowed_by: list[str]
     started: datetime.datetime
     outcomes: list[Outcome] = field(default_factory=list)
+    stale_xfails: tuple[str, ...] = ()
 
     def verdicts(self) -> list[PortVerdict]:
         return [
@@ -63,7 +64,7 @@ class Session:
             "device": device_name(self.device),
             "versions": _versions(),
             "narrowed_by": self.narrowed_by,
-            "stale_xfails": [],
+            "stale_xfails": list(self.stale_xfails),
             "time": _time_since(self.started),
         }
 
@@ -144,7 +145,7 @@ def pytest_configure(config: pytest.Config) -> None:
         seed=config.getoption("--seed"),
         case=_case(config.getoption("--case")),
         reports=_report_paths(config.getoption("--report") or []),
-        xfails=_xfails(config.getoption("--xfails-file") or [], ports, device),
+        xfails=_xfails(config.getoption("--xfails-file") or [], ports, device, _profile(config)),
         narrowed_by=_narrowed_by(config),
         started=datetime.datetime.now(datetime.timezone.utc),
     )
@@ -274,10 +275,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(session.config, "workerinput") or session.config.getoption("collectonly"):
         return
     verdicts = state.verdicts()
+    if not (session.shouldstop or session.shouldfail):
+        by_clause = all(option.startswith("--clause") for option in state.narrowed_by)
+        state.stale_xfails = stale(state.xfails, state.outcomes, all_layers=by_clause)
     for path in state.reports:
         write_report(path, verdicts, state.settings())
-    if exitstatus == pytest.ExitCode.OK and not all(v.green for v in verdicts):
-        # No test failed, and yet a port was never asked anything.
+    green = all(v.green for v in verdicts) and not state.stale_xfails
+    if exitstatus == pytest.ExitCode.OK and not green:
+        # No test failed, and yet a port was never asked anything, or a known failure is unknown.
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -290,6 +295,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     terminalreporter.write(
         render(state.verdicts(), width=terminal.fullwidth, colour=terminal.hasmarkup)
     )
+    for entry in state.stale_xfails:
+        terminalreporter.write_line(entry, red=True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -313,13 +320,15 @@ def _outcome(item: pytest.Function, answer: Answer) -> Outcome:
     )
     if known is None or found.status not in ("pass", "fail"):
         return found
+    if found.status == "pass" and item.config.stash[SESSION].case is not None:
+        return found  # one case says nothing of the others
     if found.status == "fail":
         message = f"{found.message}\n  known: {known.reason} ({known.link})"
         return replace(found, status="xfail", message=message)
     return replace(
         found,
         status="xpass",
-        message=f"{found.kind}: {found.clause} passes, although the xfails file says: "
+        message=f"{found.kind}: {found.clause} passes, although {known.place} says: "
         f"{known.reason}. Remove the entry.",
         reproduce=_reproduce(item, None),
     )
@@ -440,16 +449,20 @@ def _case(text: str | None) -> Case | None:
         raise pytest.UsageError(f"--case: {error}") from None
 
 
-def _xfails(files: list[str], ports: dict[str, Host], device: torch.device) -> tuple[Xfail, ...]:
+def _xfails(
+    files: list[str], ports: Collection[str], device: torch.device, profile: Profile
+) -> tuple[Xfail, ...]:
     try:
-        return tuple(
+        entries = tuple(
             entry
             for file in files
             for entry in load_xfails(Path(file), ports, datetime.date.today())
-            if entry.applies(device)
+            if entry.applies(device, real_model=profile.real_model)
         )
+        refuse_overlaps(entries)
     except XfailError as error:
         raise pytest.UsageError(str(error)) from None
+    return entries
 
 
 def _report_paths(given: list[str]) -> list[Path]:
