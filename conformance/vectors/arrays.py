@@ -37,13 +37,13 @@ class Arrays:
     adapters: tuple[Adapter, ...]
 
 
-def draw(recipe: Recipe, seed: int) -> Arrays:
-    """The arrays of a recipe; the same for the same seed, on every machine."""
-    stream = Stream(seed, recipe.id)
+def draw(recipe: Recipe, seed: int, attempt: int = 0) -> Arrays:
+    """The arrays of a recipe; the same for the same seed and attempt, on every machine."""
+    stream = Stream(seed, f"{recipe.id}/again-{attempt}" if attempt else recipe.id)
     n, m, batch = recipe.in_features, recipe.out_features, recipe.batch
     family = _dyadic if recipe.exact else _bell
     drawn = family(recipe, stream)
-    x = _special_x(recipe, stream, drawn.x)
+    x = _special_x(recipe, drawn.x)
     dtype, scale = recipe.dtype, recipe.base_scale
     return Arrays(
         x=_quantisable(recipe, stream, x),
@@ -176,7 +176,7 @@ def _dyadic(recipe: Recipe, stream: Stream) -> Arrays:
     )
 
 
-def _special_x(recipe: Recipe, stream: Stream, x: F64) -> F64:
+def _special_x(recipe: Recipe, x: F64) -> F64:
     """x where a family prescribes it."""
     if recipe.values == "identity":
         return np.eye(recipe.in_features)

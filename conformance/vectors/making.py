@@ -38,6 +38,7 @@ __all__ = ["make_layer", "rounded_up"]
 F64 = NDArray[np.float64]
 Bounds = dict[str, F64]
 BOUND_BITS = 12
+ATTEMPTS = 16
 GRADIENT_CLAUSES = {"dx": "GRAD-1", "dA": "GRAD-2", "dE": "GRAD-3", "dB": "GRAD-4"}
 
 
@@ -45,20 +46,26 @@ def make_layer(recipe: Recipe, seed: int) -> MadeVector:
     """The vector of a recipe.
 
     Raises:
-        ValueError: when a conforming implementation might leave the range of a format, or when bits
-            are demanded that could differ.
+        ValueError: when a conforming implementation might leave the range of a format, or when no
+            arrays are found whose bits are determined.
     """
-    arrays = draw(recipe, seed)
     claims = _arithmetics(recipe)
-    base = base_of(recipe, arrays, claims)
-    active = [a for a, r in zip(arrays.adapters, recipe.adapters, strict=True) if r.active]
+    for attempt in range(ATTEMPTS):
+        arrays = draw(recipe, seed, attempt)
+        base = base_of(recipe, arrays, claims)
+        active = [a for a, r in zip(arrays.adapters, recipe.adapters, strict=True) if r.active]
+        proven = _certificates(recipe, arrays, active, base)
+        if all(proven.values()):
+            break
+    else:
+        raise ValueError(f"{recipe.id}: no bits that are determined, in {ATTEMPTS} attempts.")
     if recipe.values not in ("steep", "swamped"):
         _require_domain(recipe, arrays, active, base, claims)
     outputs = [
         output
         for output in (
             *_weight_output(base),
-            *_layer_outputs(recipe, arrays, active, base, claims),
+            *_layer_outputs(recipe, arrays, active, base, claims, proven),
         )
         if not recipe.only or output.name in recipe.only
     ]
@@ -154,6 +161,7 @@ def _layer_outputs(
     active: list[Adapter],
     base: Base,
     claims: dict[str, Arithmetic],
+    proven: dict[str, bool],
 ) -> Iterator[MadeOutput]:
     """y, dx, and dA, dE and dB of each active adapter."""
     dtype, names = TENSOR_DTYPES[recipe.dtype], [a.name for a in recipe.adapters if a.active]
@@ -161,7 +169,6 @@ def _layer_outputs(
     y += base.y
     dx = base.dx + sum((g.dx for g in gradients), np.zeros_like(base.dx))
     y_bounds, dx_bounds, leaf_bounds = _bounds(arrays, active, base, claims)
-    proven = _certificates(recipe, arrays, active, base)
 
     def output(
         name: str, stored: str, clauses: tuple[str, ...], rule: str, value: F64, bounds: Bounds
@@ -178,8 +185,7 @@ def _layer_outputs(
         )
 
     def serves(part: str) -> tuple[str, ...]:
-        extra = tuple(c for c in recipe.backward if c != "GRAD-5" or recipe.exact)
-        return (*extra, GRADIENT_CLAUSES[part])
+        return (*recipe.backward, GRADIENT_CLAUSES[part])
 
     yield output("y", dtype, recipe.forward, "DTYPE-1", y, y_bounds)
     yield output("dx", dtype, serves("dx"), "DTYPE-6", dx, dx_bounds)
@@ -233,9 +239,6 @@ def _certificates(
 
     All terms of all sums are multiples of a quantum; while the sum of their magnitudes is below
     2^precision quanta, every partial sum and every stored intermediate is exact in the dtype.
-
-    Raises:
-        ValueError: when y is not among them.
     """
     if recipe.values == "swamped":
         # 2^p + 1 + 1 - 2^p: exact in the accumulator, and its result, 2, in the dtype.
@@ -264,6 +267,4 @@ def _certificates(
     for spec, gradient in zip((a for a in recipe.adapters if a.active), found, strict=True):
         for part in ("dA", "dE", "dB"):
             proven[f"{spec.name}/{part}"] = fits(getattr(gradient, part))
-    if not proven["y"]:
-        raise ValueError(f"{recipe.id}: the bits of y are not determined.")
     return proven

@@ -20,7 +20,6 @@ Values = Literal[
     "heavy",
     "cancelling",
     "tiny",
-    "onehot",
     "identity",
     "dyadic",
     "steep",

@@ -48,6 +48,8 @@ def write_vectors(folder: Path, seed: int = 0) -> list[Path]:
         contents = contents_of(make_all(seed), seed)
         for name, data in contents.items():
             (folder / name).write_bytes(data)
+    except ValueError as error:
+        raise VectorsError(f"--seed {seed}: {error} Choose another seed.") from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise VectorsError(f"{folder}: it cannot be written ({reason}).") from None

@@ -83,7 +83,7 @@ def test_another_seed_gives_other_numbers_and_the_same_vectors() -> None:
 
 def test_every_seed_has_its_certificates_and_its_domain() -> None:
     """Making raises where a bit is not determined or a value may leave its format's range."""
-    for seed in (1, 2):
+    for seed in (1, 10):  # 10: a sum too long for bfloat16, drawn again
         for recipe in catalogue.layers():
             if recipe.values in ("dyadic", "heavy", "tiny") or recipe.kind == "int8-outliers":
                 make_layer(recipe, seed)
