@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from conformance.case import DType, as_float64
+from conformance.exactness import Dyadic
 from conformance.port import Port
 from reference import (
     FORMATS,
@@ -149,27 +150,20 @@ def weight_8bit(weight: np.ndarray) -> np.ndarray:
     return codes.astype(np.float64) * (scales.astype(np.float64)[:, None] / 127.0)
 
 
-# Significant bits that a format holds exactly, the leading one included.
-_SIGNIFICANT_BITS = {"float32": 24, "bfloat16": 8, "float16": 11}
-
-
 def exact_output(
     x: np.ndarray, adapters: Sequence[Adapter], base: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """The bits of y on dyadic data, or None where `_fits` cannot promise them.
-
-    Every evaluation order forms sums of the terms base, and c x A E B along each path. All are
-    multiples of a quantum; while the sum of their magnitudes is below 2**bits quanta, every partial
-    sum of every order, and every stored intermediate, is exact.
-    """
+    """The bits of y on dyadic data, or None where `conformance.exactness` does not certify them."""
     exact_adapters = [exact_adapter(a) for a in adapters]
     given = as_float64(base)
-    y = reference_output(given, x, exact_adapters)
     total = np.abs(given)
     for a in exact_adapters:
         total = total + reference_forward(np.abs(x), _magnitudes(a))[0]
-    fits = all(_fits(total, _quantum(a), given, dtype) for a in exact_adapters)
-    return torch.from_numpy(y).to(dtype) if fits else None
+    dyadic = _dyadic(exact_adapters)
+    integers = [x, *(m for a in adapters for m in (a.A, a.B))]
+    if not dyadic.applies(integers) or not dyadic.certifies(total, given, dtype):
+        return None
+    return torch.from_numpy(reference_output(given, x, exact_adapters)).to(dtype)
 
 
 def exact_gradients(
@@ -179,36 +173,40 @@ def exact_gradients(
     base_dx: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """The bits of dx, dA, dE and dB on dyadic data: those that `_fits` can promise."""
+    """The bits of dx, dA, dE and dB on dyadic data: those that `conformance.exactness` certifies."""
     a = exact_adapter(adapter)
+    dyadic = _dyadic([a])
+    if not dyadic.applies([x, dout, a.A, a.B]):
+        return {}
     given = np.zeros_like(x) if base_dx is None else as_float64(base_dx)
     value = reference_backward(dout, reference_forward(x, a)[1])
     size = reference_backward(np.abs(dout), reference_forward(np.abs(x), _magnitudes(a))[1])
-    quantum = _quantum(a)
     exact: dict[str, torch.Tensor] = {}
-    if _fits(np.abs(given) + size.dx, quantum, given, dtype):
+    if dyadic.certifies(np.abs(given) + size.dx, given, dtype):
         exact["dx"] = torch.from_numpy(given + value.dx).to(dtype)
     for part in ("dA", "dE", "dB"):
-        if _fits(getattr(size, part), quantum, np.zeros(1), dtype):
+        if dyadic.certifies(getattr(size, part), np.zeros(1), dtype):
             exact[part] = torch.from_numpy(getattr(value, part)).to(torch.float32)
     return exact
 
 
 def _magnitudes(adapter: Adapter) -> Adapter:
     """The adapter whose every path counts positively."""
-    return replace(adapter, A=np.abs(adapter.A), E=np.abs(adapter.E), B=np.abs(adapter.B))
+    return replace(
+        adapter,
+        A=np.abs(adapter.A),
+        E=np.abs(adapter.E),
+        B=np.abs(adapter.B),
+        scaling=abs(adapter.scaling),
+    )
 
 
-def _quantum(adapter: Adapter) -> float:
-    """Every term of every sum is a multiple of it: c and E are powers of two, all else integers."""
-    smallest = np.abs(adapter.E).min(initial=1.0)
-    return float(min(adapter.c, 1.0) * min(smallest, 1.0))
-
-
-def _fits(total: np.ndarray, quantum: float, given: np.ndarray, dtype: torch.dtype) -> bool:
-    bits = _SIGNIFICANT_BITS[str(dtype).removeprefix("torch.")]
-    whole = bool((given / quantum == np.rint(given / quantum)).all())
-    return whole and float(total.max(initial=0.0)) <= quantum * 2.0**bits
+def _dyadic(adapters: Sequence[Adapter]) -> Dyadic:
+    return Dyadic(
+        tuple(float(a.scaling) for a in adapters),
+        tuple(float(a.ranknum) + RANKNUM_EPSILON for a in adapters),
+        np.concatenate([np.zeros(0), *(a.E[:, 0] for a in adapters)]),
+    )
 
 
 def exact_ranknum(power: int) -> float:
