@@ -28,8 +28,7 @@ class Strip:
     def label(self) -> str:
         m = self.margin
         tensors = "tensor" if m.count == 1 else "tensors"
-        worst, median = shown(m.worst) or "0", shown(m.median) or "0"
-        return f"{m.dtype}: {m.count} {tensors}, median {median}, worst {worst}"
+        return f"{m.dtype}: {m.count} {tensors}, median {_words(m.median)}, worst {_words(m.worst)}"
 
     @property
     def base(self) -> int:
@@ -83,3 +82,8 @@ def _bar(left: int, width: int, base: int, count: int, tallest: int) -> str:
         return ""
     height = max(2.0, round(HEIGHT * count / tallest, 1))
     return f"M{left + 0.5:g} {base}v{-height:g}h{width - 1}v{height:g}z"
+
+
+def _words(ratio: float) -> str:
+    """A ratio in a sentence, where a small one is not to be read as none."""
+    return "below 0.01" if 0 < ratio < 0.005 else shown(ratio) or "0"

@@ -72,6 +72,17 @@ def count_shown(driver: Any) -> str:
     return text
 
 
+def test_a_machine_without_a_browser_is_told_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In CI a page that nobody opened is a failure, elsewhere a skipped test."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for ci, expected in (("1", pytest.fail.Exception), ("", pytest.skip.Exception)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(expected, match="apt-get install -y chromium chromium-driver"):
+            browser.chromium(tmp_path).__enter__()
+
+
 def test_it_opens_without_an_error_and_without_the_network(opened: Any, reported: Path) -> None:
     assert opened.title == f"Conformance: {', '.join(PORTS)}"
     assert opened.get_log("browser") == []

@@ -198,6 +198,11 @@ def test_bars_stand_where_their_ratios_are() -> None:
     assert strip.beyond == ""
 
 
+def test_a_small_ratio_is_not_called_none() -> None:
+    (strip,) = plot([Margin.of("float32", [0.0, 0.0, 1e-5])]).strips
+    assert strip.label == "float32: 3 tensors, median 0, worst below 0.01"
+
+
 def test_a_single_tensor_among_many_shows() -> None:
     (strip,) = plot([Margin.of("float32", [0.1] * 10_000 + [7.0])]).strips
     assert re.search(r"v-2h", strip.beyond)
