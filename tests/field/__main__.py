@@ -14,7 +14,7 @@ from tests.field.study import study
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.field", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=Plan.seeds, help="batches of cases (5)")
+    parser.add_argument("--seeds", type=int, default=Plan.seeds, help="batches of cases (3)")
     parser.add_argument("--random", type=int, default=Plan.random, help="random cases a batch (12)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page (docs)")

@@ -31,7 +31,7 @@ HARMLESS = ("page.py", "results.py", "__main__.py")
 class Plan:
     """How much is measured. `clauses` asks the whole clause set, too."""
 
-    seeds: int = 5
+    seeds: int = 3
     random: int = 12
     kinds: tuple[Kind, ...] = KINDS
     dtypes: tuple[DType, ...] = DTYPES

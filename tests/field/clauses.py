@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conformance.spec import clauses
-from tests.field.measure import honest_ports
-from tests.field.play import untouched
 from tests.mutants.asking import ask, kinds
 from tests.mutants.gallery import MUTANTS
-
-# The chapters about numbers; the others ask about attributes, refusals and state.
-CHAPTERS = ("FWD", "GRAD", "SCALE", "DTYPE")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the clauses said, in the quick profile.
+    """Seeds under which a mutant breaks a clause that claims it, in the quick profile, by mutant.
 
-    killed: seeds under which a mutant breaks a clause that claims it, by mutant.
-    alarms: the clauses that an honest layer breaks, by layer; `questions` is how many were asked.
+    Honest variants are asked of every clause by `tests/mutants/test_variants.py`, and must pass.
     """
 
     killed: dict[str, list[int]]
-    alarms: dict[str, list[str]]
-    questions: int
 
     def sure(self, seeds: int) -> list[str]:
         return [name for name, under in self.killed.items() if len(under) == seeds]
@@ -40,21 +30,3 @@ def kills(name: str, seed: int) -> bool:
             for clause in mutant.kills
             for kind in kinds(clause)
         )
-
-
-def blames(name: str, seed: int) -> tuple[list[str], int]:
-    """The clauses about numbers that the suite blames an honest variant for, and how many it asked."""
-    port, asked, blamed = honest_ports()[name], 0, []
-    for clause in clauses():
-        if clause.partition("-")[0] not in CHAPTERS:
-            continue
-        for kind in kinds(clause):
-            asked += 1
-            if ask(clause, port, kind, seed):
-                blamed.append(clause)
-    return blamed, asked
-
-
-def variants() -> Sequence[str]:
-    """The honest layers that the clauses are asked of: PEFT breaks some, and says so elsewhere."""
-    return [name for name in honest_ports() if name != "PEFT"]

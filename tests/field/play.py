@@ -10,6 +10,7 @@ import torch
 from conformance.case import Case, Data
 from conformance.port import Port
 from conformance.trial import Run, Trial
+from tests.mutants.asking import unchanged_torch
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
@@ -40,17 +41,12 @@ def tensors(run: Run, case: Case) -> Tensors | None:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Some mutants change torch's global state; it ends here."""
-    before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    """Nothing that a port does to torch outlives its play, its random numbers included."""
     generator = torch.get_rng_state()
     try:
-        yield
+        with unchanged_torch():
+            yield
     finally:
-        torch.set_default_dtype(before[0])
-        if torch.get_num_threads() != before[1]:
-            torch.set_num_threads(before[1])
-        torch.set_grad_enabled(before[2])
-        torch.set_autocast_enabled("cpu", False)
         torch.set_rng_state(generator)
 
 

@@ -22,7 +22,7 @@ def study(plan: Plan, cache: Path, jobs: int = 1) -> Results:
     batches = _batches(plan, store, jobs)
     found = count(batches)
     visible = sorted({name for f in found.values() for name in f.visible})
-    asked = _clauses(visible, plan, store, jobs) if plan.clauses else Asked({}, {}, 0)
+    asked = _clauses(visible, plan, store, jobs) if plan.clauses else Asked({})
     return Results(settings(plan), found, asked)
 
 
@@ -65,25 +65,13 @@ def _clauses(visible: list[str], plan: Plan, store: Store, jobs: int) -> Asked:
         [(f"clauses-{seed}", kills_under, (visible, seed)) for seed in range(plan.seeds)],
         store,
         jobs,
-        "clauses on mutants",
+        "clauses",
     )
-    blamed = run(
-        [
-            (f"alarms-{index}", clause_set.blames, (name, 0))
-            for index, name in enumerate(clause_set.variants())
-        ],
-        store,
-        jobs,
-        "clauses on honest layers",
-    )
-    by_name = dict(zip(clause_set.variants(), blamed.values(), strict=True))
     return Asked(
         killed={
             name: [seed for seed, found in enumerate(killed.values()) if name in found]
             for name in visible
         },
-        alarms={name: found[0] for name, found in by_name.items() if found[0]},
-        questions=sum(found[1] for found in by_name.values()),
     )
 
 

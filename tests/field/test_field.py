@@ -18,12 +18,12 @@ from conformance.values import draw
 from tests.field import measure
 from tests.field import study as study_module
 from tests.field.batches import batch, nominal
-from tests.field.campaign import Plan, Store, run
+from tests.field.campaign import ROOT, Plan, Store, run
 from tests.field.measure import ALL_RULES, Batch, run_batch, verdicts
 from tests.field.ours import LANES
 from tests.field.page import page
 from tests.field.play import play, same, untouched
-from tests.field.results import count
+from tests.field.results import Results, count
 from tests.field.scene import Scene, build
 from tests.field.study import study
 from tests.mutants.gallery import MUTANTS
@@ -181,4 +181,12 @@ def test_a_tiny_study_from_cases_to_page(
     assert "| **ours: bounds and exact lane** | 3 (3), 0 alarms |" in text
     assert json.loads(json.dumps(results.to_json()))["found"]["bfloat16"]["visible"] == sorted(
         SOME[:3]
+    )
+
+
+def test_the_page_in_the_repository_is_that_of_its_figures() -> None:
+    """docs/field.md is what `page` makes of docs/field.json: nobody has written into it."""
+    given = json.loads((ROOT / "docs" / "field.json").read_text(encoding="utf-8"))
+    assert page(Results.from_json(given)) == (ROOT / "docs" / "field.md").read_text(
+        encoding="utf-8"
     )
