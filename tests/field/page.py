@@ -66,7 +66,7 @@ def _cell(score: Score | None, plays: int) -> str:
 def _alarms(alarms: int, plays: int) -> str:
     if not alarms:
         return "0 alarms"
-    return f"**{alarms}** alarms ({100.0 * alarms / plays:.1f} %)"
+    return f"**{alarms}** alarm{'s' * (alarms > 1)} ({100.0 * alarms / plays:.1f} %)"
 
 
 def _rows(results: Results, cell: Callable[[Found, str], str]) -> list[list[str]]:
@@ -90,8 +90,25 @@ def _summary(results: Results) -> str:
 
 Faults killed, in brackets those killed surely, and alarms.
 
-{table(header, rows)}"""
+{table(header, rows)}
+
+A rule that cries wolf proves nothing, so here are those that never blame an honest layer, by kills:
+
+{_silent(results)}"""
     return text + "\n\n" + _clauses(results) if results.clauses.killed else text
+
+
+def _silent(results: Results) -> str:
+    """By dtype, the rules without alarms, the most powerful first."""
+    lines = []
+    for dtype, found in results.found.items():
+        silent = [
+            (name, s) for name, s in found.scores.items() if name not in SECOND and not s.alarms
+        ]
+        ranked = sorted(silent, key=lambda pair: -len(pair[1].killed))
+        told = "; ".join(f"{name} **{len(score.killed)}**" for name, score in ranked)
+        lines.append(f"- {SHORT[dtype]}, of {len(found.visible)}: {told}.")
+    return "\n".join(lines)
 
 
 def _clauses(results: Results) -> str:
@@ -133,7 +150,9 @@ def _dtype(dtype: DType, found: Found) -> str:
         score = found.scores.get(name)
         if score is not None:
             missed = [n for n in found.visible if n not in score.killed]
-            rows.append([name, str(len(missed)), _some(missed), _some(score.alarmed)])
+            rows.append(
+                [name, str(len(missed)), _some(missed), _some(score.alarmed, none="nobody")]
+            )
     header = ["rule", "missed", "lets through", "blames"]
     return f"""## What each rule lets through: {SHORT[dtype]}
 
@@ -212,9 +231,9 @@ rule is counted for the dtypes that its project has a tolerance for.
 {rules}"""
 
 
-def _some(names: Sequence[str], limit: int = EXAMPLES) -> str:
+def _some(names: Sequence[str], limit: int = EXAMPLES, none: str = "nothing") -> str:
     if not names:
-        return "nothing"
+        return none
     shown = "; ".join(names[:limit])
     return f"{shown}; and {len(names) - limit} more" if len(names) > limit else shown
 
