@@ -47,7 +47,8 @@ def settings(plan: Plan) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"seeds": plan.seeds, "random": plan.random, "versions": versions}
+    layers = list(plan.kinds)
+    return {"seeds": plan.seeds, "random": plan.random, "layers": layers, "versions": versions}
 
 
 def digest(plan: Plan) -> str:

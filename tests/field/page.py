@@ -38,18 +38,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _head(results: Results) -> str:
     settings = results.settings
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    seeds = settings["seeds"]
+    seeds, layers = settings["seeds"], settings["layers"]
+    options = f"--seeds {seeds} --random {settings['random']}"
+    options += f" --layer {layers[0]}" if len(layers) == 1 else ""
+    options += "" if results.clauses.killed else " --no-clauses"
+    played = " and ".join(f"the {layer.replace('bit', '-bit')} layer" for layer in layers)
     return f"""# The field, measured
 
 How other projects decide that a result is right, side by side, on the same faults. This page is written by
 
-    python -m tests.field --seeds {seeds} --random {settings["random"]}     # or: tox -e field
+    python -m tests.field {options}     # whole: tox -e field
 
 and never by hand; `field.json` beside it holds every name. Measured on the CPU with {versions}.
 
 The layers are real: bitsandbytes' `Linear4bit` and `Linear8bitLt`, with our planted faults
-(`tests/mutants`) and with our honest variants, `qsvd` and PEFT over them. Every rule sees the same
-cases: the suite's own probes, in training and in evaluation, with one adapter and with two; batches
+(`tests/mutants`) and with our honest variants, `qsvd` and PEFT over them; this run plays {played}.
+Every rule sees the same cases: the suite's own probes, in training and in evaluation, with one adapter and with two; batches
 of 17, 33, 65 and 129 rows; dyadic data; and random cases of the suite's own strategy. Of each it sees
 y and the gradients of x, A, E and B, beside what its own project would compare them with.
 

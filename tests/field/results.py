@@ -10,6 +10,8 @@ from conformance.case import DTYPES, DType
 from tests.field.clauses import Asked
 from tests.field.measure import ALL_RULES, Batch, Tally
 
+_GROUPS = ("killed", "sure", "nominal")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -55,7 +57,13 @@ class Results:
     clauses: Asked
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; a score names its mutants by their places in `visible`, which keeps it small."""
+        told = asdict(self)
+        for found in told["found"].values():
+            place = {name: index for index, name in enumerate(found["visible"])}
+            for score in found["scores"].values():
+                score |= {group: [place[n] for n in score[group]] for group in _GROUPS}
+        return told
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Results:
@@ -68,7 +76,11 @@ class Results:
 
 
 def _found(given: Mapping[str, Any]) -> Found:
-    scores = {name: Score(**_tuples(score)) for name, score in given["scores"].items()}
+    visible = given["visible"]
+    scores = {
+        name: Score(**_tuples(score | {g: [visible[i] for i in score[g]] for g in _GROUPS}))
+        for name, score in given["scores"].items()
+    }
     return Found(**{**_tuples(given), "scores": scores})
 
 
