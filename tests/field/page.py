@@ -53,9 +53,10 @@ and never by hand; `field.json` beside it holds every name. Measured on the CPU 
 
 The layers are real: bitsandbytes' `Linear4bit` and `Linear8bitLt`, with our planted faults
 (`tests/mutants`) and with our honest variants, `qsvd` and PEFT over them; this run plays {played}.
-Every rule sees the same cases: the suite's own probes, in training and in evaluation, with one adapter and with two; batches
-of 17, 33, 65 and 129 rows; dyadic data; and random cases of the suite's own strategy. Of each it sees
-y and the gradients of x, A, E and B, beside what its own project would compare them with.
+Every rule sees the same cases: the suite's own probes, in training and in evaluation, with one adapter
+and with two; batches of 17, 33, 65 and 129 rows; dyadic data; and random cases of the suite's own
+strategy. Of each it sees y and the gradients of x, A, E and B, beside what its own project would
+compare them with.
 
 A fault is killed by a rule that rejects it in at least one case, **surely** if that happens under each
 of the {seeds} seeds. An alarm is an honest layer that is rejected in a case."""
