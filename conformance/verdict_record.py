@@ -103,7 +103,7 @@ class Explanation:
     cause: str
     link: str = ""
     since: str = "0"
-    until: str = "999"
+    until: str = "9999"
     layer: str | None = None
     message: str = ""
 
