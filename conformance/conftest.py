@@ -253,6 +253,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             host.stop()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     if not (session.config.getoption("collectonly") or hasattr(session.config, "workerinput")):
         _introductions(session.config)

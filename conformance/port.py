@@ -19,7 +19,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -27,6 +27,7 @@ from typing import Literal
 from torch import nn
 
 from conformance.spec import KINDS, Kind
+from conformance.surroundings import Tripwire, Watch
 
 DEFAULT_PORT = "qsvd"
 CLASS_NAMES: Mapping[Kind, str] = {"4bit": "SVDLinear4bit", "8bit": "SVDLinear8bitLt"}
@@ -46,6 +47,10 @@ class Port:
     version: str
     constructors: Mapping[Kind, Constructor] = field(repr=False)
     arithmetic: Arithmetic = "input"
+    # What loading the port did beside: to global state, to others' functions, and what it reached for.
+    changed_by_loading: tuple[str, ...] = ()
+    replaced_by_loading: tuple[str, ...] = ()
+    reached_by_loading: tuple[str, ...] = ()
 
     def provides(self, kind: Kind) -> bool:
         return kind in self.constructors
@@ -57,8 +62,14 @@ def load_port(spec: str) -> Port:
     Raises:
         PortError: when it does not import, has neither class, or declares an unknown arithmetic.
     """
-    module = _import_file(Path(spec)) if spec.endswith(".py") else _import_module(spec)
-    return port_from_module(module, port_name(spec))
+    with Watch() as watch, Tripwire() as wire:
+        module = _import_file(Path(spec)) if spec.endswith(".py") else _import_module(spec)
+    return replace(
+        port_from_module(module, port_name(spec)),
+        changed_by_loading=watch.changed,
+        replaced_by_loading=watch.replaced,
+        reached_by_loading=tuple(wire.reached),
+    )
 
 
 def port_name(spec: str) -> str:

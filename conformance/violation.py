@@ -35,6 +35,10 @@ class Violation(AssertionError):
         return f"{head}{self.message}{tail}"
 
 
+class NotApplicable(Exception):
+    """The clause cannot be asked here: on this device, or without this hardware or package."""
+
+
 def describe_elements(
     what: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray, bad: np.ndarray
 ) -> str:

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import IO, Any
 
 from conformance.case import Case
@@ -18,7 +19,10 @@ from conformance.child import READY
 from conformance.judge import judge
 from conformance.port import Port, PortError, load_port
 from conformance.settings import Settings
+from conformance.spec import clause_of
+from conformance.surroundings import Tripwire
 from conformance.trial import fp32_products_in_fp32
+from conformance.violation import Violation
 
 
 class Worker:
@@ -28,11 +32,14 @@ class Worker:
         self.questions = questions
         self.answers = answers
         self.settings = Settings.from_json(questions.readline())
+        self.wire = Tripwire()
 
     def serve(self) -> None:
         """Introduce the port, then answer until the warden hangs up."""
         # Everything that a clause needs is imported before the port is, which may tamper with imports.
         tests_by_clause()
+        # For good: what the judge needs it holds already, and the port is never to get at it.
+        self.wire.__enter__()
         fp32_products_in_fp32()
         self.watch()
         # What was printed until here is not the port's.
@@ -59,7 +66,14 @@ class Worker:
         self.watch()
         trial = self.settings.trial(port, question["kind"])
         trial.on_example = self.beat
-        return judge(test_of(question["clause"]), trial).as_json()
+        self.wire.reached.clear()
+        test = test_of(question["clause"])
+        answer = judge(test, trial)
+        if answer.status == "pass" and self.wire.reached:
+            reached = ", ".join(dict.fromkeys(self.wire.reached))
+            violation = Violation(f"The port imported {reached}.", clause=clause_of(test))
+            answer = replace(answer, status="fail", message=str(violation))
+        return answer.as_json()
 
     def beat(self, case: Case) -> None:
         """A sign of life, and the case that is to blame if none follows."""

@@ -14,6 +14,7 @@ from tests.mutants import (
     initialisation_faults,
     scaling_faults,
     state_faults,
+    surroundings_faults,
 )
 from tests.mutants.mutant import MUTANTS
 
@@ -29,6 +30,7 @@ CHAPTERS = (
     adapter_faults,
     dtype_faults,
     state_faults,
+    surroundings_faults,
 )
 
 __all__ = ["CHAPTERS", "MUTANTS"]
