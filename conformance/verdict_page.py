@@ -21,7 +21,8 @@ behind a translation of its constructors alone
 ([conformance/ports/peft.py](../conformance/ports/peft.py)).
 """
 _LEGEND = """`·` passes, `✗` fails in both layers, `4` or `8` fails in that layer alone, `s` was not asked on
-this machine (skipped), and an empty cell is a clause that is younger than the record. Each port's title leads to its failures, with a command that shows each again.
+this machine (skipped), and an empty cell is a clause that is younger than the record. \
+Each port's title leads to its failures, with a command that shows each again.
 """
 
 
