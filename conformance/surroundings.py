@@ -104,6 +104,8 @@ _OWNERS: tuple[ModuleType | type, ...] = (
     np,
     np.random,
 )
+# torch sets it to the default dtype's storage: whoever changes the one is not to be told of both.
+_FOLLOWS_A_SETTING = frozenset({(torch, "Storage")})
 
 
 def read_settings() -> dict[str, Any]:
@@ -137,6 +139,7 @@ def originals() -> Mapping[tuple[ModuleType | type, str], Any]:
         for owner in _OWNERS
         for name, value in vars(owner).items()
         if callable(value) or isinstance(value, (property, classmethod, staticmethod))
+        if (owner, name) not in _FOLLOWS_A_SETTING
     }
 
 

@@ -1,8 +1,6 @@
-"""A port whose forward never returns, and holds the interpreter's lock while it does not."""
+"""A port that never says whether it is merged, and holds the interpreter's lock while it does not."""
 
 import ctypes
-
-import torch
 
 from tests.mutants import honest
 
@@ -10,10 +8,11 @@ __version__ = "1.0"
 
 
 class _Hangs:
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def merged(self) -> bool:
         # PyDLL: unlike CDLL it keeps the lock, so that no thread of this process gets to run.
         ctypes.PyDLL(None).sleep(3600)
-        return x
+        return False
 
 
 class SVDLinear4bit(_Hangs, honest.SVDLinear4bit):
