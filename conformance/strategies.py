@@ -123,10 +123,12 @@ def probes(
         )
 
 
-# Divisors of 1e-5 and a power of two. The last three are so small that a wrong 1e-5 is a hundredth
+# The powers of two that ranknum + 1e-5 is. The last three are so small that a wrong 1e-5 is a hundredth
 # to a twentieth of them, which 8 significant bits show: bf16 sees it in y, and in the gradient of x.
 _DIVISORS = ((2, 1, 0), (-1, 0, 4), (0, 4, 3), (4, 3, 2), (3, 2, 1), (-11, -10, -12))
 _SMALL_DIVISOR = 5
+# fp16 has 11 bits to see it with, and overflows where a port divides by 2**-11 before it scales.
+_LARGER_IN_HALF = 3
 # Where the rank is also in (last but one), or out and the number of rows (last), E fits a wrong axis.
 _DYADIC_SHAPES = (
     (4, 3, (2,), 1),
@@ -148,10 +150,12 @@ def dyadic_cases(
     y and dx of bf16 and fp16, which round it away elsewhere, in the last.
     """
     for number, (n, m, batch, rank) in enumerate(_DYADIC_SHAPES):
-        alphas = (2.0, 8.0, 0.5)
-        if number == _SMALL_DIVISOR:
-            alphas = (2.0**-10, 2.0**-12, 2.0**-11)
         for dtype in dtypes:
+            alphas, divisors = (2.0, 8.0, 0.5), _DIVISORS[number]
+            if number == _SMALL_DIVISOR:
+                shift = _LARGER_IN_HALF if dtype == "float16" else 0
+                alphas = (2.0 ** (shift - 10), 2.0 ** (shift - 12), 2.0 ** (shift - 11))
+                divisors = (divisors[0] + shift, divisors[1] + shift, divisors[2] + shift)
             yield Case(
                 kind=kind,
                 dtype=dtype,
@@ -160,7 +164,7 @@ def dyadic_cases(
                 batch=batch,
                 ranks=(rank, *range(2, adapters + 1))[:adapters],
                 alphas=alphas[:adapters],
-                ranknums=tuple(map(oracle.exact_ranknum, _DIVISORS[number][:adapters])),
+                ranknums=tuple(map(oracle.exact_ranknum, divisors[:adapters])),
                 values="dyadic",
                 bias=number % 2 == 1,
                 seed=seed + number,

@@ -40,7 +40,7 @@ def lane_case(kind: Kind, number: int) -> Case:
 
 
 def small_divisor(case: Case) -> bool:
-    return case.ranknum(0) < 1e-3
+    return case.ranknum(0) < 1e-2
 
 
 def sees(clause: str, mutant: str, case: Case) -> bool:
