@@ -135,5 +135,5 @@ def test_a_port_is_judged_into_a_record(tmp_path: Path) -> None:
     (finding,) = record.findings
     assert (record.family, finding.clause, finding.layer) == ("wrong_scale", "SCALE-2", "4bit")
     assert finding.failed
-    assert "times the bound" in finding.message
+    assert "expected 3.0" in finding.message
     assert "--clause=SCALE-2" in finding.reproduce
