@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,6 +17,12 @@ from tests.mutation.classified import ClassificationError
 from tests.mutation.mutants import Mutant, all_mutants
 from tests.mutation.page import write_page
 from tests.mutation.results import Results, Verdict
+
+if TYPE_CHECKING:
+    from tests.mutation.judge import Judge
+
+# Seconds of clauses: most mutants die in less.
+SOON = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +61,31 @@ def judge_all(mutants: Sequence[Mutant], results: Results) -> None:
     alive = 0
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(waiting), alive=0)
-        for mutant in waiting:
-            progress.update(bar, description=f"{mutant.file}: {mutant.function}")
-            former = results.former.get(mutant.name, Verdict())
-            verdict = judge.judge(mutant, suspected=former.clause)
-            results.add(mutant.name, verdict)
-            alive += not verdict.clause
-            progress.update(bar, advance=1, alive=alive)
+        # What dies soon goes first, and what may live is asked at length when all have been asked.
+        for within in (SOON, float("inf")):
+            undecided = []
+            for mutant in waiting:
+                progress.update(bar, description=f"{mutant.file}: {mutant.function}")
+                try:
+                    verdict = judged(judge, mutant, results, within)
+                except RuntimeError as error:
+                    progress.console.print(f"No verdict: {mutant.name}: {error}", markup=False)
+                    continue
+                if verdict is None:
+                    undecided.append(mutant)
+                    continue
+                results.add(mutant.name, verdict)
+                alive += not verdict.clause
+                progress.update(bar, advance=1, alive=alive)
+            waiting = undecided
+
+
+def judged(judge: Judge, mutant: Mutant, results: Results, within: float) -> Verdict | None:
+    """The verdict, if it takes no more than `within` seconds of clauses."""
+    if known := results.survivors.get(mutant.name):
+        return judge.judge_survivor(mutant, known.asked)
+    former = results.former.get(mutant.name, Verdict())
+    return judge.judge(mutant, former.clause, within)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import ModuleSpec
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,21 +43,40 @@ class Judge:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.kills: Counter[str] = Counter()
+        self._passed: defaultdict[str, set[str]] = defaultdict(set)
         self._by_clause = self._learn_clauses()
         self._by_test = _learn_tests()
 
-    def judge(self, mutant: Mutant, suspected: str = "") -> Verdict:
-        """What the courts say; `suspected` killed it before, and is asked first."""
+    def judge(
+        self, mutant: Mutant, suspected: str = "", within: float = float("inf")
+    ) -> Verdict | None:
+        """What the courts say; `suspected` killed it before, and is asked first.
+
+        None if no clause has noticed by `within` seconds and some are still to be asked: ask again
+        later, and the others are.
+        """
         asked = [c for c in self.seconds if self._reaches(mutant, c)]
         # The cheapest way to a kill comes first.
-        asked.sort(key=lambda c: (c != suspected, -(self.kills[c] + 1) / (self.seconds[c] + 0.02)))
-        clause = _in_child(lambda: _first_finding(mutant, asked)) if asked else ""
+        waiting = [c for c in asked if c not in self._passed[mutant.name]]
+        waiting.sort(
+            key=lambda c: (c != suspected, -(self.kills[c] + 1) / (self.seconds[c] + 0.02))
+        )
+        sums = accumulate(self.seconds[c] for c in waiting)
+        now = [c for c, seconds in zip(waiting, sums, strict=True) if seconds <= within]
+        clause = _in_child(lambda: _first_finding(mutant, now)) if now else ""
         if clause:
             self.kills[clause] += 1
             return Verdict(clause=clause, asked=len(asked))
+        self._passed[mutant.name] |= set(now)
+        if len(now) < len(waiting):
+            return None
+        return self.judge_survivor(mutant, len(asked))
+
+    def judge_survivor(self, mutant: Mutant, asked: int) -> Verdict:
+        """What the second court says of a mutant that `asked` clauses let live."""
         tests = None if mutant.at_import else sorted(_reaching(self._by_test, mutant))
         test = "" if tests == [] else _in_child(lambda: _first_failure(mutant, tests))
-        return Verdict(test=test, asked=len(asked))
+        return Verdict(test=test, asked=asked)
 
     def _reaches(self, mutant: Mutant, clause: str) -> bool:
         return mutant.at_import or clause in _reaching(self._by_clause, mutant)

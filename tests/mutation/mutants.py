@@ -23,6 +23,18 @@ from cosmic_ray.mutating import mutate_code
 from tests.mutation.operators import operators
 
 PACKAGE = Path(__file__).parents[2] / "qsvd"
+# The layer's own files. The suite judges a layer: what chooses ranks and what knows models and files is
+# beyond its reach, so mutants of it would live for no reason that says anything.
+FILES = (
+    "_adapters.py",
+    "_arithmetic.py",
+    "_bitsandbytes.py",
+    "_checks.py",
+    "_dispatch.py",
+    "_layer.py",
+    "_parameters.py",
+    "_products.py",
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,8 @@ class Mutant:
 
 
 def all_mutants(package: Path = PACKAGE) -> list[Mutant]:
-    """The mutants of every file of a package, in the order of files and lines."""
-    return [m for path in sorted(package.glob("*.py")) for m in mutants_of(path)]
+    """The mutants of the layer's files, in the order of files and lines."""
+    return [m for file in FILES for m in mutants_of(package / file)]
 
 
 def mutants_of(path: Path) -> list[Mutant]:
