@@ -28,14 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     console = Console()
     warm_up()
-    under = fingerprint() + ("-rates" if given.rates_only else "")
+    under = fingerprint() + ("-everywhere" if given.everywhere else "")
     journal = Journal(given.journal, under)
     names = given.mutant or list(MUTANTS)
     deaths = [d for d in map(Death.from_entry, journal) if d.mutant in names]
     left = [name for name in names if name not in {d.mutant for d in deaths}]
     try:
         results = forked(
-            partial(death_of, elsewhere=not given.rates_only),
+            partial(death_of, elsewhere=given.everywhere),
             left,
             jobs=given.jobs,
             timeout=TIMEOUT,
@@ -51,11 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WorkerError as error:
         console.print(f"[red]{error}")
         return 1
-    if not given.rates_only:
-        text = page.render(
-            deaths, command="python -m tests.power", versions=versions(), fingerprint=under
-        )
-        given.page.write_text(text, encoding="utf-8")
+    command = "python -m tests.power" + (" --everywhere" if given.everywhere else "")
+    text = page.render(deaths, command=command, versions=versions(), fingerprint=under)
+    given.page.write_text(text, encoding="utf-8")
     quick = sum(d.quick for d in deaths) / (len(SEEDS) * len(deaths))
     standard = all(d.standard == len(SEEDS) for d in deaths)
     console.print(
@@ -68,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.power", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
-        "--rates-only", action="store_true", help="ask the own chapter only; writes no page"
+        "--everywhere",
+        action="store_true",
+        help="ask every other chapter too, once (hours): the page then says which of them notice",
     )
     parser.add_argument("--mutant", action="append", choices=list(MUTANTS), metavar="NAME")
     parser.add_argument("--journal", type=Path, default=JOURNAL, help="where results are kept")

@@ -40,15 +40,18 @@ real weights are asked in standard only.
 
 ## Mutant by mutant
 
-The last columns say which chapters notice, by probes or by the search of seed 0.
-
-| mutant | home | kind | only | killed by | certain | quick | standard | {columns} |
+{explained}
+| mutant | home | kind | only | killed by | certain | quick | standard |{columns}
 |---|---|---|---|---|---|---|---|{rules}
 {rows}
 
 ## With
 
 {versions}; fingerprint of the sources `{fingerprint}`.
+"""
+
+_EVERYWHERE = """
+The last columns say which chapters notice, by probes or by the search of seed 0.
 """
 
 
@@ -58,6 +61,8 @@ def render(
     """The page, in the gallery's order."""
     found = {death.mutant: death for death in deaths}
     ordered = [found[name] for name in MUTANTS if name in found]
+    # Without `--everywhere` a death knows of its own chapter only.
+    shown = chapters() if any(len(death.noticed) > 1 for death in ordered) else ()
     return HEAD.format(
         command=command,
         count=len(ordered),
@@ -70,9 +75,10 @@ def render(
         corners=_table(
             [d for d in ordered if MUTANTS[d.mutant].only], lambda d: str(MUTANTS[d.mutant].only)
         ),
-        columns=" | ".join(chapters()),
-        rules="---|" * len(chapters()),
-        rows="\n".join(map(_row, ordered)),
+        explained=_EVERYWHERE if shown else "",
+        columns="".join(f" {chapter} |" for chapter in shown),
+        rules="---|" * len(shown),
+        rows="\n".join(_row(death, shown) for death in ordered),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         fingerprint=fingerprint,
     )
@@ -95,7 +101,7 @@ def _percent(deaths: Sequence[Death], count: Callable[[Death], int]) -> str:
     return "100 %" if share == 100.0 else f"{int(share * 10) / 10:.1f} %"
 
 
-def _row(death: Death) -> str:
+def _row(death: Death, shown: Sequence[str]) -> str:
     mutant = MUTANTS[death.mutant]
     cells = [
         mutant.name,
@@ -106,6 +112,6 @@ def _row(death: Death) -> str:
         "yes" if death.certain else "",
         f"{death.quick}/{len(SEEDS)}",
         f"{death.standard}/{len(SEEDS)}",
-        *("x" if chapter in death.noticed else "" for chapter in chapters()),
+        *("x" if chapter in death.noticed else "" for chapter in shown),
     ]
     return "| " + " | ".join(cells) + " |"
