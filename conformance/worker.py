@@ -7,6 +7,7 @@ the port before it is loaded. Whatever it prints goes to stderr, of which the wa
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import sys
@@ -97,6 +98,11 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
+    # What a port printed before it died is not to die in a buffer.
+    unbuffered = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
+    sys.stdout = io.TextIOWrapper(
+        unbuffered, encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - it lives as long as we do
     Worker(questions, answers).serve()
     answers.flush()

@@ -14,11 +14,13 @@ PORTS = Path(__file__).with_name("ports")
 def run_suite(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`pytest conformance/ ...` in a process of its own, from any folder."""
     folder = os.path.relpath(ROOT / "conformance", cwd)
+    # Most users have not asked Python for unbuffered output.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     return subprocess.run(
         [sys.executable, "-m", "pytest", folder, "-p", "no:cacheprovider", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
-        env={**os.environ, "CI": "1", "COLUMNS": "120"},
+        env={**environment, "CI": "1", "COLUMNS": "120"},
         check=False,
     )
