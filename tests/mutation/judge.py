@@ -181,6 +181,8 @@ def _first_failure(mutant: Mutant, tests: list[str] | None) -> str:
 def _pytest(arguments: list[str], plugin: _Tests) -> None:
     # Everything that pytest would rewrite was imported long ago.
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    # Hypothesis' plugin wants to be loaded before anybody has searched, and the suite has.
+    options += ["-p", "no:hypothesispytest"]
     code = pytest.main([*options, *arguments], plugins=[plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise RuntimeError(f"pytest gave up: {code!r}.")
