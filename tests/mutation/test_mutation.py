@@ -85,7 +85,7 @@ def small_judge() -> judge.Judge:
     """A judge of two clauses and one file of tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge, "clauses", lambda: ("MERGE-6", "SCALE-1"))
-        patch.setattr(judge, "TESTS", Path("tests/qsvd/test_refusals.py"))
+        patch.setattr(judge, "TESTS", ("tests/qsvd/test_refusals.py",))
         return judge.Judge()
 
 
