@@ -41,6 +41,7 @@ __all__ = [
     "expected_gradients",
     "expected_output",
     "expected_output_from_weight",
+    "gradients_in_domain",
     "in_domain",
     "weight_4bit",
     "weight_8bit",
@@ -108,6 +109,18 @@ def in_domain(
 ) -> bool:
     """Whether everything that a conforming implementation may store stays in the format's range."""
     return bool(reference_bounds.in_domain(x, adapters, as_float64(base), arithmetic))
+
+
+def gradients_in_domain(
+    x: np.ndarray,
+    adapters: Sequence[Adapter],
+    dout: np.ndarray,
+    base_dx: torch.Tensor | None,
+    arithmetic: Arithmetic,
+) -> bool:
+    """The same of the backward pass alone."""
+    given = None if base_dx is None else as_float64(base_dx)
+    return bool(reference_bounds.gradients_in_domain(x, adapters, dout, given, arithmetic))
 
 
 def expected_output_from_weight(

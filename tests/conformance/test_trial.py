@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from conformance.case import Case
 from conformance.oracle import Bounded
 from conformance.port import port_from_module
 from conformance.spec import clause
+from conformance.test_gradients import assert_gradients
 from conformance.trial import NotApplicable, Trial, run_clause
 from conformance.violation import Violation
 from tests.mutants import honest
+from tests.mutants.variants import VARIANTS
 
 HONEST = port_from_module(honest, "honest")
 CASE = Case("4bit", batch=(2,))
@@ -191,3 +195,17 @@ def test_a_case_survives_its_json() -> None:
 def test_a_malformed_case_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Case.from_json(text)
+
+
+@pytest.mark.parametrize("loud", [False, True])
+def test_where_a_gradient_may_leave_fp16_nobody_is_blamed(loud: bool) -> None:
+    """
+    dout @ B is dx's first product: a port that computes in the input's dtype may store it in fp16.
+    """
+    case = Case("4bit", "float16", in_features=8, out_features=64, batch=(2,))
+    asked = Trial(port=VARIANTS["computes in the input's dtype"], kind="4bit")
+    setup = asked.build(case)
+    dout = np.full_like(setup.data.dout, 2.0**15 if loud else 1.0)
+    overflowed = replace(setup.run(), dA=(torch.full((case.ranks[0], 8), torch.inf),))
+    with nullcontext() if loud else pytest.raises(Violation, match="dA of `default`"):
+        assert_gradients(asked, setup, overflowed, ("dA",), dout=dout)
