@@ -41,6 +41,16 @@ def assert_no_gradient(trial: Trial, what: str, gradient: torch.Tensor | None) -
     )
 
 
+def assert_trainable(trial: Trial, setup: Setup, wanted: Sequence[str], when: str) -> None:
+    """A, E and B of these adapters require a gradient, and no other adapter's."""
+    for name in setup.case.names:
+        for part in PARAMETERS:
+            got = getattr(setup.layer, part)[name].requires_grad
+            trial.assert_that(
+                got == (name in wanted), f"{part}[{name!r}].requires_grad is {got} {when}."
+            )
+
+
 def state_of(layer: Any) -> dict[str, Any]:
     """What there is to know of a layer's adapters: plain values, and copies of its parameters."""
     parameters = {
@@ -517,13 +527,7 @@ def test_set_adapter_chooses_what_is_trained(trial: Trial) -> None:
             setup.layer.set_adapter(names)
             wanted = [names] if isinstance(names, str) else names
             trial.calls += 1
-            for name in case.names:
-                for part in PARAMETERS:
-                    got = getattr(setup.layer, part)[name].requires_grad
-                    trial.assert_that(
-                        got == (name in wanted),
-                        f"{part}[{name!r}].requires_grad is {got} after set_adapter({names!r}).",
-                    )
+            assert_trainable(trial, setup, wanted, f"after set_adapter({names!r})")
 
     trial.check(body, [Case(trial.kind, "float32", 8, 5, (2,), (2, 4, 1))])
 
@@ -548,3 +552,18 @@ def test_a_further_adapter_takes_the_layers_mode(trial: Trial) -> None:
             for dtype in DTYPES
         ],
     )
+
+
+@clause("ADPT-13")
+def test_enabling_chooses_what_is_trained(trial: Trial) -> None:
+    def body(case: Case) -> None:
+        setup = trial.build(case)
+        for active in ([case.names[1]], [case.names[2], case.names[0]]):
+            setup.layer.set_adapter(active)
+            for enabled in (False, True, True):
+                setup.layer.enable_adapters(enabled)
+                trial.calls += 1
+                when = f"after enable_adapters({enabled}) with {active} active"
+                assert_trainable(trial, setup, active if enabled else [], when)
+
+    trial.check(body, [Case(trial.kind, "float32", 8, 5, (2,), (2, 4, 1))])

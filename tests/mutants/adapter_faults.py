@@ -253,3 +253,24 @@ class BornInTrainMode(HonestLayer):
     def update_layer(self, adapter_name: str, *rest: Any, **named: Any) -> None:
         super().update_layer(adapter_name, *rest, **named)
         self.lora_dropout[adapter_name].train()
+
+
+@mutant("leaves disabled adapters trainable", kills=("ADPT-13",), kind="adapters")
+class TrainsDisabled(HonestLayer):
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.train_only(self.active_adapters)
+
+
+@mutant("leaves enabled adapters frozen", kills=("ADPT-13",), kind="adapters")
+class FrozenWhenEnabled(HonestLayer):
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.train_only([])
+
+
+@mutant("trains every adapter once they are enabled", kills=("ADPT-13",), kind="adapters")
+class TrainsAllWhenEnabled(HonestLayer):
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.train_only(list(self.lora_A) if enabled else [])

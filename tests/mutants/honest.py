@@ -150,12 +150,16 @@ class HonestLayer(nn.Module):
         if unknown:
             raise ValueError(f"Unknown adapters: {unknown}.")
         self.active_adapters = wanted
-        for name in self.lora_A:
-            for parameters in (self.lora_A, self.lora_E, self.lora_B):
-                parameters[name].requires_grad_(name in wanted)
+        self.train_only(wanted)
 
     def enable_adapters(self, enabled: bool) -> None:
         self.disable_adapters = not enabled
+        self.train_only(self.active_adapters if enabled else [])
+
+    def train_only(self, names: Sequence[str]) -> None:
+        for name in self.lora_A:
+            for parameters in (self.lora_A, self.lora_E, self.lora_B):
+                parameters[name].requires_grad_(name in names)
 
     # --- refusals -------------------------------------------------------------------------------
 
