@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratios = running.ratios(given.cases, given.seed, given.processes, given.work)
     found, alarms = statistics.distributions(ratios), statistics.alarms(ratios, given.seed)
     seen = list(sensitivity.sensitivities(sizes=given.sizes))
-    report.write(given.docs, found, seen, alarms, ratios, given.seed)
+    widths = statistics.widths(ratios, given.seed)
+    report.write(given.docs, found, widths, seen, alarms, ratios, given.seed)
 
     console = Console()
     for d in found:

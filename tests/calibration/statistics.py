@@ -38,6 +38,21 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class Width:
+    """The largest figure of each case for y given the base output, by the width of the layer.
+
+    in_features: the narrowest and the widest of these layers.
+    """
+
+    dtype: DType
+    rule: Rule
+    in_features: tuple[int, int]
+    count: int
+    median: float
+    p90: float
+
+
+@dataclass(frozen=True)
 class Alarm:
     """A case in which an honest implementation reached a bound: `case` repeats it."""
 
@@ -51,6 +66,23 @@ class Alarm:
 def distributions(ratios: np.ndarray) -> list[Distribution]:
     """All of them, of ratios (cases, implementations, rules, operations)."""
     return list(_distributions(ratios))
+
+
+def widths(ratios: np.ndarray, seed: int) -> list[Width]:
+    """Of the implementations that declare the arithmetic, in octaves of in_features."""
+    width = np.array([case_of(seed, n).in_features for n in range(len(ratios))])
+    octave = np.floor(np.log2(width)).astype(int)
+    found = []
+    for dtype, rule, own in _groups():
+        y = ratios[:, own, RULES.index(rule), OPERATIONS.index("y")]
+        here = (_dtype_of(ratios) == DTYPES.index(dtype)) & ~np.isnan(y).all(axis=1)
+        for one in np.unique(octave[here]):
+            rows = here & (octave == one)
+            worst = np.nanmax(y[rows], axis=1)
+            between = int(width[rows].min()), int(width[rows].max())
+            median, p90 = map(float, np.quantile(worst, (0.5, 0.9)))
+            found.append(Width(dtype, rule, between, len(worst), median, p90))
+    return found
 
 
 def alarms(ratios: np.ndarray, seed: int) -> list[Alarm]:
@@ -78,21 +110,32 @@ def as_json(found: list[Distribution]) -> list[dict[str, Any]]:
 
 def _distributions(ratios: np.ndarray) -> Iterator[Distribution]:
     ports = implementations()
-    dtype_of = np.arange(len(ratios)) // 2 % 3  # as `case_of` deals them out
-    for o, operation in enumerate(OPERATIONS):
-        for d, dtype in enumerate(DTYPES):
-            for r, rule in enumerate(RULES):
-                table = ratios[dtype_of == d, :, r, o]  # cases, implementations
-                if np.isnan(table).all():
-                    continue
-                own = [i for i, p in enumerate(ports.values()) if p.arithmetic == DECLARES[rule]]
-                if dtype == "float32":  # there both arithmetics are one
-                    own = list(range(len(ports)))
-                judged = table[~np.isnan(table).all(axis=1)]
-                groups = {"all": table[:, own], "nearest": np.nanmax(judged, axis=1)}
-                groups |= {name: table[:, i] for i, name in enumerate(ports)}
-                for name, values in groups.items():
-                    values = values[~np.isnan(values)]
-                    if values.size:
-                        quantiles = map(float, np.quantile(values, QUANTILES))
-                        yield Distribution(operation, dtype, rule, name, values.size, *quantiles)
+    for operation in OPERATIONS:
+        for dtype, rule, own in _groups():
+            of_dtype = ratios[_dtype_of(ratios) == DTYPES.index(dtype)]
+            # cases, implementations
+            table = of_dtype[:, :, RULES.index(rule), OPERATIONS.index(operation)]
+            if np.isnan(table).all():
+                continue
+            judged = table[~np.isnan(table).all(axis=1)]
+            groups = {"all": table[:, own], "nearest": np.nanmax(judged, axis=1)}
+            groups |= {name: table[:, i] for i, name in enumerate(ports)}
+            for name, values in groups.items():
+                values = values[~np.isnan(values)]
+                if values.size:
+                    quantiles = map(float, np.quantile(values, QUANTILES))
+                    yield Distribution(operation, dtype, rule, name, values.size, *quantiles)
+
+
+def _dtype_of(ratios: np.ndarray) -> np.ndarray:
+    """Each case's dtype by its place in DTYPES, as `case_of` deals them out."""
+    return np.arange(len(ratios)) // 2 % 3
+
+
+def _groups() -> Iterator[tuple[DType, Rule, list[int]]]:
+    """Each dtype and arithmetic, and the implementations that declare it: all, where both are one."""
+    ports = list(implementations().values())
+    for dtype in DTYPES:
+        for rule in RULES if dtype != "float32" else RULES[:1]:
+            declares = [i for i, p in enumerate(ports) if p.arithmetic == DECLARES[rule]]
+            yield dtype, rule, list(range(len(ports))) if dtype == "float32" else declares

@@ -220,3 +220,19 @@ def test_bounds_have_the_shapes_of_their_values(lead: tuple[int, ...]) -> None:
     assert y.value.shape == y.bound.shape == (*lead, 4)
     assert dx.value.shape == dx.bound.shape == (*lead, 6)
     assert [part.bound.shape for part in leaf] == [(*lead, 6), (2, 6), (2, 1), (4, 2)]
+
+
+@pytest.mark.parametrize(("features", "reached"), [(64, 0.94), (512, 0.99)])
+def test_who_adds_one_by_one_reaches_the_bound(features: int, reached: float) -> None:
+    """1 + 2^-24 + 2^-24 + ...: every addition loses its term, half a unit of the sum's last place."""
+    row = np.full(features, 2.0**-24, np.float32)
+    row[0] = 1.0
+    total = np.float32(0.0)
+    for term in row:
+        total += term
+    adapter = Adapter(row[None].astype(float), np.ones((1, 1)), np.ones((1, 1)), 1.0, 1.0)
+    y = total * (np.float32(1.0) / (np.float32(1.0) + np.float32(1e-5)))
+    strict = Arithmetic.strict("float32")
+    bounded = bound_output(np.ones((1, features)), [adapter], np.zeros((1, 1)), strict)
+
+    assert reached < ratio(np.array([[y]], dtype=float), bounded) < 1.0
