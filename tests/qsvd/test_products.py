@@ -103,6 +103,17 @@ def test_fp16_expansion_is_accurate_at_every_split_of_the_scale(cuda_way, scale)
     assert_within(products.expand(S, R, torch.float16), want, bound)
 
 
+def test_fp16_expansion_is_exact_where_factors_and_sums_fit(cuda_way):
+    """
+    At either end of what one set of ranks holds, and where two terms of 2^20 cancel.
+    """
+    S = torch.tensor([[0.5 + 2.0**-11, 2.0**15, 2.0**20], [0.0, 0.0, -(2.0**20)]])  # rank, n
+    R = torch.ones(2, 1)  # rank, k
+    want = torch.tensor([[0.5 + 2.0**-11], [2.0**15], [0.0]])
+
+    assert torch.equal(products.expand(S, R, torch.float16), want.half())
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 8])
 def test_blocks_cover_every_row_once(monkeypatch, n):
     monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)

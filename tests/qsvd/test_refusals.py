@@ -154,6 +154,11 @@ def test_keywords_that_describe_the_base_layer_are_accepted(kind):
     assert CLASSES[kind](base_layer(kind), "default", r=4, **described).r == {"default": 4}
 
 
+def test_an_accepted_keyword_hides_no_other():
+    with pytest.raises(TypeError, match="Unknown keyword `lora_alhpa`"):
+        qsvd.SVDLinear4bit(base_layer("4bit"), "default", r=4, threshold=0.0, lora_alhpa=3)
+
+
 def _dense():
     return nn.Linear(64, 32)
 

@@ -157,6 +157,39 @@ def test_unknown_and_missing_keys_are_still_reported(kind):
     assert result.unexpected_keys == ["lora_A.stranger"]
 
 
+def test_a_strict_load_refuses_an_unknown_key(kind):
+    adapted = layer(kind)
+
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*stranger"):
+        adapted.load_state_dict(adapted.state_dict() | {"stranger": torch.zeros(1)})
+
+
+# After a forward `Linear8bitLt` has its own word for scales that do not come with a weight.
+MISSING = {"4bit": r"Missing key.*base_layer\.weight", "8bit": "Loading a quantized checkpoint"}
+
+
+def test_scales_without_a_weight_are_reported_and_not_loaded(kind):
+    source, fresh = layer(kind), layer(kind)
+    state = source.state_dict()
+    del state["base_layer.weight"]
+    x = torch.randn(3, 64)
+    y = fresh.base_layer(x)
+
+    with pytest.raises(RuntimeError, match=MISSING[kind]):
+        fresh.load_state_dict({k: v for k, v in state.items() if "bias" not in k})
+    assert torch.equal(fresh.base_layer(x), y)
+
+
+def test_an_assigned_weight_saves_its_scales_before_the_layer_has_run(kind):
+    source, fresh = layer(kind), layer(kind)
+    fresh.load_state_dict(source.state_dict(), assign=True)
+
+    assert type(fresh.base_layer.weight) is type(source.base_layer.weight)
+    saved, loaded = source.state_dict(), fresh.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[k], loaded[k]) for k in saved)
+
+
 @pytest.mark.parametrize(
     "cast",
     [
@@ -229,6 +262,18 @@ def test_to_empty_keeps_ranknum(kind):
 
     assert not fresh.lora_A["default"].is_meta
     assert fresh.ranknum["default"].tolist() == [3.0]
+
+
+def test_moving_the_adapters_to_meta_keeps_ranknum(kind):
+    """
+    bitsandbytes' weights do not move to meta: its layers raise.
+    """
+    adapted = layer(kind, r=3)
+    for part in (adapted.lora_A, adapted.ranknum):
+        part.to("meta")
+
+    assert adapted.lora_A["default"].is_meta
+    assert adapted.ranknum["default"].tolist() == [3.0]
 
 
 def test_init_empty_weights_keeps_ranknum(kind):
