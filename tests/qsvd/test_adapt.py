@@ -255,3 +255,19 @@ def test_an_interrupted_adaptation_leaves_the_model_as_it_was(
 
     assert len(built) == 4
     assert described(model) == before
+
+
+@pytest.mark.parametrize(("depth", "terminal"), [(16, True), (16, False), (3, True)])
+def test_many_layers_on_a_terminal_show_their_progress(
+    depth: int,
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+
+    qsvd.adapt(stack(depth=depth), config())
+
+    told = capsys.readouterr().err
+    assert ("adapting" in told and "32/32" in told) == (depth == 16 and terminal)
+    assert terminal or not told
