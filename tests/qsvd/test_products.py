@@ -114,6 +114,13 @@ def test_fp16_expansion_is_exact_where_factors_and_sums_fit(cuda_way):
     assert torch.equal(products.expand(S, R, torch.float16), want.half())
 
 
+def test_fp16_expansion_of_a_row_at_the_end_of_fp32_is_exact(cuda_way):
+    """2^-127 is no normal fp32 number, and R times 2^-125 would overflow in the second set of ranks."""
+    S, R = torch.tensor([[2.0**-126]]), torch.tensor([[1.5 * 2.0**126]])
+
+    assert products.expand(S, R, torch.float16).tolist() == [[1.5]]
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 8])
 def test_blocks_cover_every_row_once(monkeypatch, n):
     monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)
