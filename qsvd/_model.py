@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from qsvd._targets import find_targets
 M = TypeVar("M", bound=nn.Module)
 
 _RECORD = "_qsvd"
+_REPACKS = "support_avx512bf16_for_cpu"  # an attribute of bitsandbytes' Linear4bit
 _MANY = 32  # layers from which on a progress bar is shown
 
 
@@ -35,10 +36,14 @@ class Record:
     configs: dict[str, AdaLoraConfig]
     patterns: dict[str, dict[str, list[bool]]]
     trainable: frozenset[str]
+    repacking: frozenset[str]
 
 
 def adapt(model: M, config: AdaLoraConfig, adapter_name: str = "default") -> M:
     """Put AdaLoRA layers in the place of a model's target modules, and freeze the rest.
+
+    The other 4-bit layers are kept from being repacked: on a CPU with AVX512-BF16 the first
+    evaluation would change their arithmetic for good, and lose the gradient of what is below them.
 
     Args:
         model: with `bitsandbytes.nn.Linear4bit` or `Linear8bitLt` layers, as
@@ -73,6 +78,7 @@ def put_in_place(
 ) -> None:
     """Wrap the targets, each with its own rank, and freeze the rest; all or nothing."""
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    repacking = frozenset(n for n, m in model.named_modules() if getattr(m, _REPACKS, False))
     random_state = torch.get_rng_state()
     try:
         layers = {
@@ -89,14 +95,16 @@ def put_in_place(
     except BaseException:  # out of memory, or interrupted: nothing is in its place yet
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
+        _let_repack(model, repacking, True)
         torch.set_rng_state(random_state)
         raise
     model.requires_grad_(False)
+    _let_repack(model, repacking, False)
     for name, layer in layers.items():
         _replace(model, name, layer)
         layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
     were = frozenset(name for name, wanted in trainable.items() if wanted)
-    object.__setattr__(model, _RECORD, Record({adapter_name: config}, {}, were))
+    object.__setattr__(model, _RECORD, Record({adapter_name: config}, {}, were, repacking))
 
 
 def remove(model: M) -> M:
@@ -112,6 +120,7 @@ def remove(model: M) -> M:
         _replace(model, name, layer.base_layer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trainable)
+    _let_repack(model, record.repacking, True)
     object.__delattr__(model, _RECORD)
     return model
 
@@ -132,6 +141,11 @@ def note_pattern(model: nn.Module, adapter_name: str, pattern: Mapping[str, list
     record = record_of(model)
     if record is not None and adapter_name in record.configs:
         record.patterns[adapter_name] = dict(pattern)
+
+
+def _let_repack(model: nn.Module, names: Collection[str], allowed: bool) -> None:
+    for name in names:
+        setattr(model.get_submodule(name), _REPACKS, allowed)
 
 
 def _with_progress(targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

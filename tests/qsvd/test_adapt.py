@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 import qsvd
@@ -32,8 +33,24 @@ def described(model: nn.Module) -> dict[str, object]:
             (n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()
         ],
         "random": torch.get_rng_state().tolist(),
+        "repacking": repacking(model),
         "record": model.__dict__.get("_qsvd"),
     }
+
+
+def repacking(model: nn.Module) -> list[bool]:
+    """Of its 4-bit layers, as bitsandbytes asks it."""
+    linears = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    return [bool(m.support_avx512bf16_for_cpu) for m in linears]
+
+
+def repackable() -> Stack:
+    """What bitsandbytes makes on a CPU with AVX512-BF16, on any CPU."""
+    model = stack()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,10 +254,19 @@ def test_there_is_nothing_to_remove_from_a_model_that_is_not_adapted() -> None:
         qsvd.remove(stack())
 
 
+def test_no_4bit_layer_is_repacked_while_the_model_is_adapted() -> None:
+    model = repackable()
+    qsvd.adapt(model, config(["layers.1.q_proj"]))
+    assert repacking(model) == [False] * 7
+
+    qsvd.remove(model)
+    assert repacking(model) == [True] * 7
+
+
 def test_an_interrupted_adaptation_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = stack()
+    model = repackable()
     before = described(model)
     built = []
 

@@ -51,7 +51,6 @@ def test_it_learns_under_a_falling_budget_and_is_loaded_again(
     kind: Kind, folder: Path, tmp_path: Path
 ) -> None:
     settings = config()
-    # In eval mode bitsandbytes would repack the 4-bit layers that are not adapted, see docs/defects.
     model = qsvd.adapt(quantised(folder, kind), settings).train()
     allocator = RankAllocator(model, settings)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-2)
