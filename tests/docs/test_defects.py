@@ -88,6 +88,38 @@ def never_repack() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", return_value=False)
 
 
+def regularise_in_training_only() -> contextlib.AbstractContextManager[object]:
+    """The orthogonal term is added in training mode only."""
+    from peft.tuners.adalora.model import AdaLoraModel
+
+    original = AdaLoraModel.forward
+
+    def forward(self: Any, *args: object, **kwargs: object) -> Any:
+        return original(self, *args, **kwargs) if self.training else self.model(*args, **kwargs)
+
+    return mock.patch.object(AdaLoraModel, "forward", forward)
+
+
+def average_finite_gradients_in_fp32() -> contextlib.AbstractContextManager[object]:
+    """The allocator computes in fp32, takes a missing gradient for 0 and leaves infinite ones out."""
+    import torch
+    from peft.tuners.adalora.layer import RankAllocator
+
+    def update_ipt(self: Any, model: Any) -> None:
+        for name, p in model.named_parameters():
+            if "lora_" not in name:
+                continue
+            zeros = torch.zeros_like(p, dtype=torch.float32)
+            mean, spread = self.exp_avg_ipt.get(name, zeros), self.exp_avg_unc.get(name, zeros)
+            new = zeros if p.grad is None else (p.detach().float() * p.grad.float()).abs()
+            if new.isfinite().all():
+                mean = torch.lerp(new, mean, self.beta1)
+                spread = torch.lerp((new - mean).abs(), spread, self.beta2)
+            self.ipt[name], self.exp_avg_ipt[name], self.exp_avg_unc[name] = new, mean, spread
+
+    return mock.patch.object(RankAllocator, "update_ipt", update_ipt)
+
+
 Repair = Callable[[], contextlib.AbstractContextManager[object]]
 REPAIRS: dict[Repair, list[str]] = {
     refuse_merges: ["peft_merge_refuses_without_a_message"],
@@ -106,6 +138,15 @@ REPAIRS: dict[Repair, list[str]] = {
         "peft_4bit_adapter_parameters_take_compute_dtype",
         "peft_4bit_later_adapter_takes_the_first_inputs_dtype",
         "peft_4bit_ranknum_becomes_trainable",
+    ],
+    regularise_in_training_only: [
+        "peft_inference_model_rejects_labels",
+        "peft_orthogonal_term_stays_in_eval",
+    ],
+    average_finite_gradients_in_fp32: [
+        "peft_allocator_crashes_without_a_gradient",
+        "peft_allocator_never_forgets_an_overflow",
+        "peft_allocator_scores_underflow_in_fp16",
     ],
     never_repack: [
         "bitsandbytes_packed_eval_computes_in_bfloat16",

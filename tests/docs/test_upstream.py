@@ -122,3 +122,16 @@ def test_the_index_lists_every_report_once() -> None:
     rows = re.findall(r"^\| \[.*\]\((\w+)\.md\) \|", text_of("README"), re.M)
 
     assert sorted(rows) == REPORTS
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_index_says_what_the_report_says(name: str) -> None:
+    """
+    A row of README.md has its report's title and severity, and is new where the report knows of no thread.
+    """
+    pattern = rf"^\| \[(.*)\]\({name}\.md\) \| (\w+) \| ([^|]+) \|"
+    [(title, severity, known)] = re.findall(pattern, text_of("README"), re.M)
+
+    assert text_of(name).startswith(f"# {title}\n")
+    assert f"Severity: {severity}. " in text_of(name)
+    assert (known == "new") == ("\nNo thread about it was found.\n" in text_of(name))
