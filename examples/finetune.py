@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=16, help="pairs in a batch")
     parser.add_argument("--texts", type=int, help="use only so many pairs, to try it quickly")
     parser.add_argument(

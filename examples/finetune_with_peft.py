@@ -9,7 +9,7 @@ adapters start with the values that `finetune.py` draws, so the runs can be comp
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import peft
@@ -28,10 +28,10 @@ def train(
     config: qsvd.AdaLoraConfig,
     batches: Iterator[dict[str, Tensor]],
     history: History,
+    start: Mapping[str, Tensor],
     accelerated: bool = False,
 ) -> peft.PeftModel:
-    """The loop as PEFT's documentation has it."""
-    start = first_values(config)
+    """The loop as PEFT's documentation has it; `start` are the adapters' first values."""
     model = peft.get_peft_model(model, peft.AdaLoraConfig(**options_of(config)))  # <- adapt
     model.base_model.model.load_state_dict(start, strict=False)
     if accelerated:
@@ -56,8 +56,9 @@ def options_of(config: qsvd.AdaLoraConfig) -> dict[str, object]:
     return {k: v for k, v in config.to_dict().items() if v is not None and k != "peft_type"}
 
 
-def first_values(config: qsvd.AdaLoraConfig) -> dict[str, Tensor]:
-    """The adapters that `qsvd.adapt` makes with the generator as it is: PEFT draws in another order."""
+def first_values(config: qsvd.AdaLoraConfig, seed: int = 0) -> dict[str, Tensor]:
+    """The adapters as `finetune.py` starts with them: PEFT draws its own in another order."""
+    torch.manual_seed(seed)
     model = qsvd.adapt(load_model(), config)
     return {name: value for name, value in model.state_dict().items() if ".lora_" in name}
 
@@ -82,9 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> History:
     model = load_model()
     history = History(recall_before=recall(model, held_out))
 
-    torch.manual_seed(0)  # for the adapters' first values
+    config = configure(options.steps)
     batches = batches_of(seen, options.batch, model.device)
-    model = train(model, configure(options.steps), batches, history, options.accelerate)
+    model = train(model, config, batches, history, first_values(config), options.accelerate)
 
     history.recall_after = recall(model, held_out)
     model.save_pretrained(options.folder)
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--accelerate", action="store_true", help="let qsvd compute PEFT's layers")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=16, help="pairs in a batch")
     parser.add_argument("--texts", type=int, help="use only so many pairs, to try it quickly")
     parser.add_argument("--folder", type=Path, default=Path("finetuned-with-peft"))

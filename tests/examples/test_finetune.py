@@ -19,6 +19,15 @@ STEPS, INIT, TARGET, LAYERS = 12, 8, 4, 36
 # One pair is held out and the others are in every batch, so the losses of two steps compare.
 TINY = ("--steps", str(STEPS), "--batch", "8", "--texts", "9")
 
+NAMES = (
+    "code_search",
+    "history",
+    "finetune",
+    "finetune_with_peft",
+    "finetune_runs",
+    "finetune_page",
+)
+
 pytestmark = [
     # PEFT's, of its own rank_pattern and of r = 0; transformers', of what PEFT calls.
     pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning"),
@@ -34,8 +43,7 @@ def examples() -> Iterator[dict[str, ModuleType]]:
     pytest.importorskip("matplotlib")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        names = ("code_search", "history", "finetune", "finetune_with_peft")
-        modules = {name: importlib.import_module(name) for name in names}
+        modules = {name: importlib.import_module(name) for name in NAMES}
         patch.setattr(modules["code_search"], "TOKENS", 24)  # half the time
         yield modules
 
@@ -135,3 +143,28 @@ def test_answers_are_not_in_the_passages(examples: dict[str, ModuleType]) -> Non
     assert len(held_out) > 50
     assert not set(seen) & set(held_out)
     assert all(pair.question not in pair.passage for pair in pairs if len(pair.question) > 20)
+
+
+def test_the_page_tells_what_the_runs_saw(
+    history: dict[str, Any], examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    """
+    Of runs that differ in one loss and in the ranks of one step, for instance.
+    """
+    other = json.loads(json.dumps(history))
+    other["losses"][4] += 0.25
+    other["ranks"][4] = other["ranks"][0]
+    run = {"memory_mib": 12.0, "difference": 1e-7, "seen": 8, "held_out": 1, "threads": 1}
+    for name in ("qsvd", "peft", "accelerated"):
+        of_engine = other if name == "peft" else history
+        for file in (f"memory-{name}", f"run-{name}-0"):
+            (tmp_path / f"{file}.json").write_text(json.dumps({**run, "history": of_engine}))
+    (tmp_path / "other.json").write_text(json.dumps({**run, "history": history}))
+
+    examples["finetune_page"].write_page(tmp_path, docs=tmp_path)
+
+    page = (tmp_path / "finetune.md").read_text()
+    assert f"{TARGET * LAYERS} of {INIT * LAYERS} ranks are left" in page
+    assert f"| PEFT | 2.5e-01 | 1 of {STEPS} steps |" in page
+    assert f"| PEFT, `accelerate`d | 0.0e+00 | 0 of {STEPS} steps |" in page
+    assert all((tmp_path / f"finetune-{plot}.svg").exists() for plot in ("loss", "ranks"))
