@@ -124,6 +124,16 @@ def test_the_index_lists_every_report_once() -> None:
     assert sorted(rows) == REPORTS
 
 
+def test_every_defect_is_reported_or_said_not_to_be() -> None:
+    """
+    Each script of docs/defects is named by a report or, with a reason, by README.md.
+    """
+    pages = [text_of(name) for name in [*REPORTS, "README"]]
+    named = {script for page in pages for script in re.findall(r"\.\./defects/(\w+)\.py", page)}
+
+    assert named == {path.stem for path in (FOLDER.parent / "defects").glob("*.py")}
+
+
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_index_says_what_the_report_says(name: str) -> None:
     """
