@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from coverage import Coverage
 
-from conformance.port import load_port
+from conformance.port import Port, load_port
 from conformance.spec import clauses
 from tests.mutants.asking import ON_REAL_WEIGHTS, findings
 from tests.mutation.mutants import PACKAGE, Mutant
@@ -47,11 +47,14 @@ TESTS = tuple(
     )
 )
 TESTS_PACKAGE = "tests.qsvd"
-# Long for what hangs, and far from what a busy machine does to a mutant that only takes its time.
-SECONDS, TIMES = 20, 5
+# Starts threads; after a fork OpenMP would wait for those of the parent for ever, so it must not have any.
+THREADED = ("DTYPE-9",)
+# Of the processor's time, which a busy machine does not take away; REAL times as many for who sleeps.
+SECONDS, TIMES, REAL = 20, 5, 20
 TESTS_SECONDS = 180
 # What ran a line: (file, line) to the clauses, or the tests, in which it ran.
 Reach = Mapping[tuple[str, int], set[str]]
+Rows = list[tuple[str, int, list[str]]]
 
 
 class Judge:
@@ -102,20 +105,34 @@ class Judge:
         return mutant.at_import or clause in _reaching(self._by_clause, mutant)
 
     def _learn_clauses(self) -> Reach:
+        """Here, so that whatever they set up is set up in every child; but for those with threads."""
         port = load_port("qsvd")
-        coverage = _coverage()
-        for clause in clauses():
-            if clause in ON_REAL_WEIGHTS:
-                continue
-            coverage.start()
-            coverage.switch_context(clause)
-            start = time.perf_counter()
-            blame = next(findings(clause, port), None)
-            self.seconds[clause] = time.perf_counter() - start
-            coverage.stop()
-            if blame is not None:
-                raise RuntimeError(f"{clause} fails on the original: {blame}")
-        return _reach(coverage)
+        asked = [c for c in clauses() if c not in ON_REAL_WEIGHTS]
+        apart = json.loads(
+            _in_child(lambda: json.dumps(_learned(port, [c for c in asked if c in THREADED])))
+        )
+        found: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+        for seconds, reach in (_learned(port, [c for c in asked if c not in THREADED]), apart):
+            self.seconds |= seconds
+            for file, line, names in reach:
+                found[file, line] |= set(names)
+        return found
+
+
+def _learned(port: Port, names: Sequence[str]) -> tuple[dict[str, float], Rows]:
+    """How long the original takes for each clause, and the lines that it runs."""
+    coverage = _coverage()
+    times = {}
+    for clause in names:
+        coverage.start()
+        coverage.switch_context(clause)
+        start = time.perf_counter()
+        blame = next(findings(clause, port), None)
+        times[clause] = time.perf_counter() - start
+        coverage.stop()
+        if blame is not None:
+            raise RuntimeError(f"{clause} fails on the original: {blame}")
+    return times, _rows(coverage)
 
 
 class _Tests:
@@ -149,7 +166,7 @@ def _learn_tests() -> Reach:
         coverage.stop()
         if plugin.failed:
             raise RuntimeError(f"{plugin.failed} fails on the original.")
-        return json.dumps([[*key, sorted(names)] for key, names in _reach(coverage).items()])
+        return json.dumps(_rows(coverage))
 
     found = json.loads(_in_child(learn, TESTS_SECONDS))
     return {(file, line): set(names) for file, line, names in found}
@@ -159,13 +176,14 @@ def _coverage() -> Coverage:
     return Coverage(data_file=None, include=[f"{PACKAGE}/*.py"], config_file=False, messages=False)
 
 
-def _reach(coverage: Coverage) -> Reach:
+def _rows(coverage: Coverage) -> Rows:
+    """What ran each line, in a form that JSON has."""
     data = coverage.get_data()
-    return {
-        (Path(file).name, line): {name for name in names if name}
+    return [
+        (Path(file).name, line, sorted(name for name in names if name))
         for file in data.measured_files()
         for line, names in data.contexts_by_lineno(file).items()
-    }
+    ]
 
 
 def _reaching(reach: Reach, mutant: Mutant) -> set[str]:
@@ -246,7 +264,7 @@ def _in_child(work: Callable[[], str], seconds: float = SECONDS) -> str:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "crash"
+        return "timeout" if os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF) else "crash"
     if os.waitstatus_to_exitcode(status) != 0 or not answer:
         raise RuntimeError(answer or "The judge's child left without an answer.")
     return answer[1:]
@@ -255,7 +273,8 @@ def _in_child(work: Callable[[], str], seconds: float = SECONDS) -> str:
 def _answer(work: Callable[[], str], writing: int, seconds: float) -> None:
     code = 1
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, REAL * seconds)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
