@@ -96,6 +96,8 @@ def check_pytest(arguments: list[str]) -> None:
     parser = _Parser()
     parser.add_argument("paths", nargs="+")
     parser.add_argument("-n", type=int)
+    parser.add_argument("-k")
+    parser.add_argument("--pdb", action="store_true")
     parser.add_argument("--junitxml")
     pytest_addoption(parser)  # type: ignore[arg-type]
     options = parser.parse_intermixed_args(arguments)

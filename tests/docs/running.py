@@ -22,7 +22,9 @@ from tests.docs.prelude import Prelude
 
 PORT_OF_VECTORS = ROOT / "examples" / "numpy_port" / "port.py"
 _NAMED = re.compile(r"^# (?P<path>[\w./-]+\.(py|md|toml))$")
-_LANGUAGES = {"python", "console", "text"}
+_RULES = re.compile("[\u2500-\u257f]")
+_RATIO = re.compile(r"pass \d\.\d\d")
+_LANGUAGES = {"python", "console", "text", "toml"}
 
 
 class PageError(Exception):
@@ -36,7 +38,8 @@ class Page:
     - A block that begins with `# path` of a file in the repository is an excerpt of that file, to the
       letter; one that begins with `# name.py` otherwise is written to that file.
     - Console commands are checked, and run where that takes seconds: single clauses, and vectors.
-    - Text right after a console block is what its last command prints, `...` standing for anything.
+    - Text right after a console block is lines that its last command prints, in their order, `...`
+      standing for anything in a line.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +99,7 @@ class Page:
     def _execute(self, command: Sequence[str]) -> str | None:
         """What a command prints, or None if it takes too long to be run here."""
         if command[0] == "pytest" and any(word.startswith("--clause=") for word in command):
-            return run_suite(*command[2:], cwd=self.folder).stdout
+            return run_suite(*command[2:], "--in-process", cwd=self.folder).stdout
         if command[:3] == ["python", "-m", "conformance.vectors"]:
             with _in_folder(self.folder), contextlib.redirect_stdout(io.StringIO()) as output:
                 if vectors(command[3:]) != 0:
@@ -115,16 +118,23 @@ class Page:
         return None
 
     def _output(self, block: Block, printed: str) -> None:
-        """Refuse lines that were not printed, in that order; spaces do not count."""
-        rest = _words(printed)
-        for piece in re.split(r"\.\.\.", _words(block.text)):
-            _, found, rest = rest.partition(piece.strip())
-            if not found and piece.strip():
-                raise PageError(f"{block}: was not printed: {piece.strip()!r}\n\n{printed}")
+        """Refuse a line that was not printed, or not after the one before."""
+        rest = _plain(printed)
+        for line in block.text.splitlines():
+            pattern = r".*?".join(re.escape(piece.strip()) for piece in _plain(line).split("..."))
+            found = re.search(pattern.replace(r".*?", r"[^\n]*?"), rest)
+            if found is None:
+                raise PageError(f"{block}: was not printed: {line.strip()!r}\n\n{printed}")
+            rest = rest[found.end() :]
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
+def _plain(text: str) -> str:
+    """Text without a table's rules, without runs of spaces, and without error / bound.
+
+    These ratios depend on the order in which a machine sums.
+    """
+    lines = (" ".join(_RULES.sub(" ", line).split()) for line in text.splitlines())
+    return "\n".join(_RATIO.sub("pass", line) for line in lines)
 
 
 @contextlib.contextmanager
