@@ -100,6 +100,45 @@ def regularise_in_training_only() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(AdaLoraModel, "forward", forward)
 
 
+def call_the_tuner() -> contextlib.AbstractContextManager[object]:
+    """PeftModel calls AdaLoraModel, with or without a task_type."""
+    from peft import PeftModel
+
+    return mock.patch.object(PeftModel, "get_base_model", lambda self: self.base_model)
+
+
+def set_the_mode_of_new_dropouts() -> contextlib.AbstractContextManager[object]:
+    """update_layer puts its dropout into the layer's mode."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+
+    original = AdaLoraLayer.update_layer
+
+    def update_layer(self: Any, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)
+        self.lora_dropout.train(self.training)
+
+    return mock.patch.object(AdaLoraLayer, "update_layer", update_layer)
+
+
+def cut_names_off_the_end() -> contextlib.AbstractContextManager[object]:
+    """A pruned adapter is saved by the exact names of its parameters."""
+    from peft.tuners.adalora.model import AdaLoraModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    def select(model: Any, config: Any, adapter_name: str, **given: Any) -> Any:
+        ours = BaseTuner._get_adapter_state_dict.__func__
+        selected = ours(AdaLoraModel, model, config, adapter_name, **given)
+        for key, keep in config.rank_pattern.items():
+            for part in ("lora_A", "lora_E", "lora_B"):
+                module = key.removesuffix(f".lora_E.{adapter_name}")
+                full = f"base_model.model.{module}.{part}.{adapter_name}"
+                rows = selected[full].T if part == "lora_B" else selected[full]
+                selected[full] = rows[keep].T if part == "lora_B" else rows[keep]
+        return selected
+
+    return mock.patch.object(AdaLoraModel, "_get_adapter_state_dict", select)
+
+
 def average_finite_gradients_in_fp32() -> contextlib.AbstractContextManager[object]:
     """The allocator computes in fp32, takes a missing gradient for 0 and leaves infinite ones out."""
     import torch
@@ -138,11 +177,15 @@ REPAIRS: dict[Repair, list[str]] = {
         "peft_4bit_adapter_parameters_take_compute_dtype",
         "peft_4bit_later_adapter_takes_the_first_inputs_dtype",
         "peft_4bit_ranknum_becomes_trainable",
+        "peft_dense_half_base_trains_ranknum",
     ],
     regularise_in_training_only: [
         "peft_inference_model_rejects_labels",
         "peft_orthogonal_term_stays_in_eval",
     ],
+    call_the_tuner: ["peft_orthogonal_term_needs_a_task_type"],
+    set_the_mode_of_new_dropouts: ["peft_adapter_added_in_eval_mode_drops"],
+    cut_names_off_the_end: ["peft_adapter_names_break_saving"],
     average_finite_gradients_in_fp32: [
         "peft_allocator_crashes_without_a_gradient",
         "peft_allocator_never_forgets_an_overflow",
