@@ -15,11 +15,14 @@ class Adapters(nn.Module):
     """Adapters by name, added to the layer `base_layer` by whoever inherits this.
 
     Attributes:
-        lora_A, lora_E, lora_B: the parameters by adapter name: (r, in), (r, 1), (out, r), fp32,
-            and fp32 they stay under `.half()` or `.to(dtype)`.
+        lora_A: (r, in) by adapter name, fp32, and fp32 it stays under `.half()` or `.to(dtype)`.
+        lora_E: (r, 1), the singular values, likewise.
+        lora_B: (out, r), likewise.
         ranknum: (1,) by adapter name: what the update is divided by. It starts at r, is not
             trained, and does not change when singular values are masked.
-        scaling, r, lora_alpha: plain numbers by adapter name.
+        scaling: a plain number by adapter name, which may be set.
+        r: the rank by adapter name; masked singular values count.
+        lora_alpha: as it was given, by adapter name.
         lora_dropout: modules by adapter name.
     """
 
@@ -58,7 +61,8 @@ class Adapters(nn.Module):
             init_lora_weights: True for E = 0, A and B ~ N(0, 0.02); False for N(0, 1) throughout.
 
         Raises:
-            TypeError, ValueError: before anything is changed.
+            TypeError: for an argument of the wrong type; nothing is changed.
+            ValueError: for one out of range, or a name that is taken; nothing is changed.
         """
         check_new_name(adapter_name, taken=self.lora_A.keys())
         settings = AdapterSettings(r, lora_alpha, lora_dropout, init_lora_weights)

@@ -70,8 +70,9 @@ class RankAllocator:
             The budget: how many triplets may be alive now.
 
         Raises:
-            TypeError, ValueError: for a step that is no count, a scale that is not positive, or a
-                step after the choice is final if that choice was never made nor loaded.
+            TypeError: for a step that is no integer.
+            ValueError: for a negative step, a scale that is not positive, or a step after the choice
+                is final if that choice was never made nor loaded.
         """
         step = check_count("global_step", global_step)
         if not 0.0 < grad_scale < float("inf"):
@@ -109,7 +110,13 @@ class RankAllocator:
         return {f"{name}.lora_E": keep.tolist() for name, keep in self._keep.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on bit for bit, beside the model's own state."""
+        """All that a resumed run needs to go on bit for bit, beside the model's own state.
+
+        Returns:
+            `means` and `uncertainties`, fp32 copies by weight, on the weights' devices;
+            `rank_pattern`; `budget`; `adapter_name`. `torch.save` writes it, and
+            `torch.load(..., weights_only=True)` reads it.
+        """
         return {
             "adapter_name": self.adapter_name,
             "means": {k: v.clone() for k, v in self._means.items()},

@@ -66,14 +66,17 @@ class AdaLoraConfig:
         tfinal: steps at the end during which it does not fall any more.
         deltaT: steps between two allocations.
         total_step: optimizer steps of the whole run; needed.
-        beta1, beta2: decay of the moving means of sensitivity and of uncertainty, in (0, 1).
+        beta1: decay of the moving mean of each weight's sensitivity, in (0, 1).
+        beta2: decay of the moving mean of its uncertainty, in (0, 1).
         orth_reg_weight: weight of the orthogonal penalty.
         lora_alpha: the scaling if positive, else init_r; it is not divided by the rank.
         lora_dropout: probability in [0, 1) of dropping an element of an adapter's input.
         init_lora_weights: True: a new adapter changes nothing.
         rank_pattern: which ranks were kept, by parameter name, as the end of a run leaves it.
         inference_mode: the adapters are frozen.
-        task_type, base_model_name_or_path, revision: carried along for PEFT.
+        task_type: carried along for PEFT, as are the two that follow.
+        base_model_name_or_path: the model that was adapted.
+        revision: of that model.
 
     Raises:
         TypeError: for an unknown field, with the nearest known one, or a value of the wrong type.
@@ -173,16 +176,21 @@ class AdaLoraConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT's adapter_config.json has them."""
+        """The fields as PEFT's adapter_config.json has them, `peft_type` among them."""
         return {"peft_type": PEFT_TYPE, **asdict(self)}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> AdaLoraConfig:
         """Read what `to_dict`, or PEFT, wrote.
 
+        Args:
+            given: by PEFT's field names. Fields that are not known here may say nothing (None, False,
+                empty), as newer releases of PEFT write them.
+
         Raises:
-            ValueError: for another PEFT type, or a field that asks for what these layers do not do.
-            TypeError, ValueError: as the constructor.
+            ValueError: for another PEFT type, or a field that asks for what these layers do not do;
+                and as the constructor.
+            TypeError: as the constructor.
         """
         kind = given.get("peft_type", PEFT_TYPE)
         if kind != PEFT_TYPE:
@@ -201,7 +209,10 @@ class AdaLoraConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> AdaLoraConfig:
-        """Read the `adapter_config.json` of a folder that PEFT or `save_pretrained` wrote.
+        """Read the `adapter_config.json` of a folder that `qsvd.save_adapter` or PEFT wrote.
+
+        Args:
+            folder: local; nothing is downloaded.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -212,7 +223,11 @@ class AdaLoraConfig:
 
     @classmethod
     def from_json(cls, content: bytes, path: Path) -> AdaLoraConfig:
-        """Read the content of a configuration's file; errors name its path.
+        """Read the content of a configuration's file.
+
+        Args:
+            content: JSON, in UTF-8.
+            path: of the file, for what errors say.
 
         Raises:
             ValueError: if it is not one of AdaLoRA's.

@@ -37,13 +37,18 @@ class SVDLayer(Adapters):
         base_layer: the quantised layer; its weight and bias are frozen and otherwise kept as they
             are. One that is not quantised yet may be wrapped, and works once it has been moved.
         adapter_name: the first adapter, which is made active.
-        r, lora_alpha, lora_dropout, init_lora_weights: see `update_layer`.
-        kwargs: what PEFT's model passes to its layers. Descriptions of the base layer
+        r: its rank, see `update_layer`, as for the following.
+        lora_alpha: its scaling, or 0 for r.
+        lora_dropout: its dropout's probability.
+        init_lora_weights: True: it changes nothing yet.
+        **kwargs: what PEFT's model passes to its layers. Descriptions of the base layer
             (`threshold`, `quant_type`, ...) are not used; modes that are lacking here
             (`use_rslora`, `use_dora`, ...) may be False.
 
     Raises:
-        TypeError, ValueError: before anything is changed, the random state included.
+        TypeError: for a base layer of another type, an argument of the wrong type, or one that asks
+            for a mode that is lacking here; before anything is changed, the random state included.
+        ValueError: for an argument out of range, likewise.
     """
 
     base_type: ClassVar[type[nn.Module]]
@@ -69,8 +74,9 @@ class SVDLayer(Adapters):
         """The base layer's output plus the active adapters' updates.
 
         Args:
-            x: (..., in_features), at least one dimension.
-            args, kwargs: passed on to the base layer.
+            x: (..., in_features), at least one dimension; fp32, bf16 or fp16.
+            *args: passed on to the base layer.
+            **kwargs: passed on to the base layer.
 
         Returns:
             (..., out_features), in the dtype that the base layer returns, under autocast too.
