@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd._products import expand, times, wide_blocks
+from qsvd._products import better_wide, expand, times, wide_blocks
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 
 
 def add_adapter(base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor) -> Tensor:
@@ -37,51 +37,54 @@ def add_adapter(base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Ten
         A: (r, in), fp32.
         E: (r, 1), fp32.
         B: (out, r), fp32.
-        c: (1,), fp32: scaling / (ranknum + 1e-5).
+        c: (1,), fp32: scaling / (ranknum + 1e-5). It gets no gradient.
 
     Returns:
         (..., out), a new tensor in `base`'s dtype. With r = 0 it is `base` itself.
     """
     if A.shape[0] == 0:
         return base
-    Q = A * (E * c)  # rank, in
+    # Without grad mode the bare formula: a Function costs more than the products of one token.
+    add = _AddAdapter.apply if torch.is_grad_enabled() else _AddAdapter.forward
     with _without_autocast(x.device):
-        y: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
-            _rows(base), _rows(x), Q, B
-        )
+        y: Tensor = add(_rows(base), _rows(x), A, E, B, c)  # type: ignore[no-untyped-call]
     # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
-    return y.reshape(base.shape)
+    return y if base.dim() == 2 else y.reshape(base.shape)
 
 
-class _AddLowRank(torch.autograd.Function):
-    """`y = base + x @ Q.T @ B.T`; base and y (n, out), x (n, in), Q (r, in), B (out, r)."""
+class _AddAdapter(torch.autograd.Function):
+    """`y = base + x @ Q.T @ B.T` with Q = A * (E * c); base and y (n, out), x (n, in)."""
 
     @staticmethod
-    def forward(base: Tensor, x: Tensor, Q: Tensor, B: Tensor) -> Tensor:
-        if torch.float16 in (x.dtype, base.dtype):  # in fp32: x @ Q.T may leave fp16's range
-            h = torch.cat([times(Q, block.T) for (block,) in wide_blocks(x)], dim=1)  # rank, n
+    def forward(base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        Q = A * (E * c)  # rank, in
+        if torch.float16 in (x.dtype, base.dtype) or better_wide(x):
+            # fp16: x @ Q.T may leave its range.
+            h = _side_by_side([times(Q, block.T) for (block,) in wide_blocks(x)])  # rank, n
         else:
             h = Q.to(x.dtype) @ x.T  # rank, n
         return expand(h, B.T, base.dtype, onto=base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, Q, B = inputs
-        trained = any(ctx.needs_input_grad[2:])
+        _, x, A, E, B, c = inputs
+        trained = any(ctx.needs_input_grad[2:5])
         ctx.x_dtype = x.dtype
-        ctx.save_for_backward(x if trained else None, Q, B)
+        ctx.save_for_backward(x if trained else None, A, E, B, c)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, Q, B = ctx.saved_tensors
-        needs_base, needs_x, needs_Q, needs_B = ctx.needs_input_grad
-        trained = needs_Q or needs_B
+        x, A, E, B, c = ctx.saved_tensors
+        needs_base, needs_x, needs_A, needs_E, needs_B, _ = ctx.needs_input_grad
+        needs_Q = needs_A or needs_E
         # Contiguous: B.T as it is would be read at half the speed.
-        BT = B.T.contiguous()
-        rows = (dy, x) if trained else (dy,)
+        BT = B.T if better_wide(dy) else B.T.contiguous()
+        rows = (dy, x) if needs_Q or needs_B else (dy,)
         P: list[Tensor] = []
         dx = dQ = dBT = None
         with _without_autocast(dy.device):
+            Ec = E * c  # rank, 1
+            Q = A * Ec  # rank, in
             for dy_i, *x_i in wide_blocks(*rows):
                 if needs_x or needs_Q:
                     P.append(times(BT, dy_i.T))  # rank, block
@@ -91,13 +94,20 @@ class _AddLowRank(torch.autograd.Function):
                     h_i = times(Q, x_i[0].T)  # rank, block
                     dBT = _sum(dBT, times(h_i, dy_i))  # rank, out
             if needs_x:
-                dx = expand(torch.cat(P, dim=1), Q, ctx.x_dtype)  # n, in
-        return dy if needs_base else None, dx, dQ, None if dBT is None else dBT.T
+                dx = expand(_side_by_side(P), Q, ctx.x_dtype)  # n, in
+            dA = dQ * Ec if dQ is not None and needs_A else None
+            dE = (dQ * A).sum(1, keepdim=True) * c if dQ is not None and needs_E else None
+        dB = None if dBT is None else dBT.T
+        return dy if needs_base else None, dx, dA, dE, dB, None
 
 
 def _rows(t: Tensor) -> Tensor:
     """(..., k) as (n, k); a leading dimension of size 0 gives n = 0."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _side_by_side(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
 def _sum(total: Tensor | None, term: Tensor) -> Tensor:
