@@ -47,7 +47,7 @@ def add_adapter(base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Ten
     # Without grad mode the bare formula: a Function costs more than the products of one token.
     add = _AddAdapter.apply if torch.is_grad_enabled() else _AddAdapter.forward
     with _without_autocast(x.device):
-        y: Tensor = add(_rows(base), _rows(x), A, E, B, c)  # type: ignore[no-untyped-call]
+        y: Tensor = add(_rows(base), _rows(x), A, E, B, c)
     # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
     return y if base.dim() == 2 else y.reshape(base.shape)
 
