@@ -15,6 +15,8 @@ from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CHANGELOG.md", "docs/**/*.md", "conformance/SPEC.md", "examples/**/*.md")
+# The theme frames a block of code and what is around it.
+_ONE_FRAME = ".rst-content .highlight { border: 0; padding: 0; background: none; }"
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
 
 
@@ -24,7 +26,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     pages = sorted({path for pattern in PAGES for path in ROOT.glob(pattern)})
     linked = {target for page in pages for target in links(page) if target.is_file()}
     ours = [_file(path, config) for path in [*pages, *sorted(linked - set(pages))]]
-    style = HtmlFormatter().get_style_defs(".highlight")
+    style = HtmlFormatter().get_style_defs(".highlight") + "\n" + _ONE_FRAME
     return Files([*theirs, *ours, File.generated(config, "code.css", content=style)])
 
 
