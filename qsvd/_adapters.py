@@ -95,6 +95,9 @@ class Adapters(nn.Module):
     def reset_lora_parameters(self, adapter_name: str) -> None:
         """Start an adapter afresh: E = 0, A and B ~ N(0, 0.02), so that it changes nothing.
 
+        Args:
+            adapter_name: one that there is.
+
         Raises:
             ValueError: for an unknown name.
         """
@@ -119,7 +122,12 @@ class Adapters(nn.Module):
         self._train_only([] if inference_mode or self._disable_adapters else names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on, the active ones trainable, or off and frozen."""
+        """Switch all adapters on or off.
+
+        Args:
+            enabled: True: y has the active adapters' updates, and they are trainable. False: y is
+                base(x), and all adapters are frozen.
+        """
         self._disable_adapters = not enabled
         self._train_only(self._active_adapters if enabled else [])
 

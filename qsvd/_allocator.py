@@ -36,6 +36,9 @@ class RankAllocator:
         config: the schedule and the decay rates.
         adapter_name: whose triplets are allocated; adapters of other names are not touched.
 
+    Attributes:
+        budget: how many triplets may be alive now, over all layers together.
+
     Raises:
         ValueError: if no layer of the model has the adapter.
     """
@@ -127,6 +130,9 @@ class RankAllocator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, onto the devices of the model's weights.
+
+        Args:
+            state: of an allocator for the same adapter of the same model; copied.
 
         Raises:
             ValueError: if it is of another adapter or model, naming the key; nothing is changed.

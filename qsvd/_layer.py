@@ -111,6 +111,9 @@ class SVDLayer(Adapters):
     def check_base_layer(cls, base_layer: nn.Module) -> None:
         """Refuse a base layer that this class cannot wrap, changing nothing.
 
+        Args:
+            base_layer: what a constructor was given.
+
         Raises:
             TypeError: if it is not a `base_type`.
             ValueError: if it is one, in a state that cannot be worked with.
@@ -130,11 +133,30 @@ class SVDLayer(Adapters):
 
     @classmethod
     def adopt(cls, base_layer: nn.Module) -> nn.Module:
-        """Freeze the base layer and make it safe to call."""
+        """Freeze the base layer and make it safe to call.
+
+        Args:
+            base_layer: one that `check_base_layer` accepts; changed in place.
+
+        Returns:
+            The same layer.
+        """
         return base_layer.requires_grad_(False)
 
     def call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output for x (..., in): (..., out). The base layer does not change."""
+        """The base layer's output. The base layer does not change.
+
+        Args:
+            x: (..., in_features).
+            *args: passed on to it.
+            **kwargs: passed on to it.
+
+        Returns:
+            (..., out_features), in the dtype that it returns.
+
+        Raises:
+            RuntimeError: if it is not quantised yet, or was repacked behind our back.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say how its base layer is called.")
 
     def load_base(self, state_dict: dict[str, Any], prefix: str, copy: bool) -> None:
@@ -171,11 +193,23 @@ class SVDLayer(Adapters):
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Refused: raises NotImplementedError and changes nothing."""
+        """Refused: the base layer is quantised, and cannot hold the sum. Nothing is changed.
+
+        Args:
+            safe_merge: as PEFT has it; not used.
+            adapter_names: as PEFT has it; not used.
+
+        Raises:
+            NotImplementedError: always, saying what to do instead.
+        """
         raise NotImplementedError(f"`merge` is refused. {_MERGE_REFUSED}")
 
     def unmerge(self) -> None:
-        """Refused: raises NotImplementedError and changes nothing."""
+        """Refused: nothing was merged. Nothing is changed.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError(f"`unmerge` is refused: nothing was merged. {_MERGE_REFUSED}")
 
     @property
@@ -194,10 +228,13 @@ class SVDLayer(Adapters):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's packed weight: code that looks for `layer.weight` finds it here."""
+        """The base layer's weight: code that looks for `layer.weight` finds it here.
+
+        4-bit: (n, 1), uint8 by default, two codes a byte; 8-bit: (out, in), int8.
+        """
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
+        """The base layer's bias, (out,), or None."""
         return self.base_layer.bias  # type: ignore[return-value]

@@ -110,6 +110,12 @@ def put_in_place(
 def remove(model: M) -> M:
     """Give a model's original modules back, trainable as they were, and drop the adapters.
 
+    Args:
+        model: adapted by `adapt` or `load_adapter`; changed in place.
+
+    Returns:
+        The same model.
+
     Raises:
         ValueError: for a model that `adapt` has not adapted.
     """
@@ -126,7 +132,11 @@ def remove(model: M) -> M:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, SVDLayer]:
-    """The adapted layers of a model by name, in its order."""
+    """The adapted layers of a model by name, in its order.
+
+    Args:
+        model: any module; one without adapted layers has none.
+    """
     return {name: m for name, m in model.named_modules() if isinstance(m, SVDLayer)}
 
 

@@ -16,7 +16,7 @@ from pygments.formatters import HtmlFormatter
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CHANGELOG.md", "docs/**/*.md", "conformance/SPEC.md", "examples/**/*.md")
 # The theme frames a block of code and what is around it.
-_ONE_FRAME = ".rst-content .highlight { border: 0; padding: 0; background: none; }"
+_ONE_FRAME = ".rst-content div.highlight { border: 0; padding: 0; margin: 0; }"
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
 
 

@@ -87,6 +87,12 @@ def accelerate(model: M) -> M:
 def restore(model: M) -> M:
     """Give a model's layers PEFT's own forward again.
 
+    Args:
+        model: changed by `accelerate`.
+
+    Returns:
+        The same model.
+
     Raises:
         ValueError: if `accelerate` has changed none of them.
     """

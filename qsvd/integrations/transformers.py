@@ -101,6 +101,12 @@ class RankAllocatorCallback(TrainerCallback):  # type: ignore[misc]
         The model's `save_pretrained` while the callback is attached. Masked triplets are left out
         once the choice among them is final.
 
+        Args:
+            save_directory: made if it is not there.
+            is_main_process: False: another process writes.
+            state_dict: what the Trainer would write; not used, the adapter is the model's own.
+            **options: transformers' others; `safe_serialization` is how all is written.
+
         Raises:
             TypeError: for options of transformers' method that have no meaning here.
         """
