@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qsvd._adapters import Adapters
 from qsvd._arithmetic import add_adapter
 from qsvd._checks import AdapterSettings, check_extra_keywords, check_new_name
+from qsvd._dropout import draw_mask
 
 _MERGE_REFUSED = (
     "The base layer's weight is quantised: adding the adapters to it would round them to its grid "
@@ -97,14 +98,12 @@ class SVDLayer(Adapters):
             E = self.lora_E[name]
             # Beside E: of a layer built on meta, ranknum has stayed on the CPU.
             ranknum = self.ranknum[name].detach().to(E.device)
-            y = add_adapter(
-                y,
-                self.lora_dropout[name](x),
-                self.lora_A[name],
-                E,
-                self.lora_B[name],
-                self.scaling[name] / (ranknum + 1e-5),
-            )
+            dropout: Any = self.lora_dropout[name]
+            mask = draw_mask(dropout, x)
+            scale = self.scaling[name] if mask is None else self.scaling[name] / (1.0 - dropout.p)
+            x_a = dropout(x) if mask is None else x
+            c = scale / (ranknum + 1e-5)
+            y = add_adapter(y, x_a, self.lora_A[name], E, self.lora_B[name], c, mask)
         return y
 
     @classmethod

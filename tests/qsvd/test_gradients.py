@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from qsvd._arithmetic import add_adapter
+from qsvd._dropout import draw_mask, unpacked
 from tests.qsvd.build import (
     DTYPES,
     KINDS,
@@ -70,14 +72,17 @@ def test_ranknum_gets_no_gradient_even_if_it_asks_for_one():
     assert adapted.ranknum["default"].grad is None
 
 
-def test_first_and_second_derivatives_match_finite_differences():
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_first_and_second_derivatives_match_finite_differences(p):
     base, x = torch.randn(3, 4).double(), torch.randn(3, 6).double()
     A, E, B = torch.randn(2, 6).double(), torch.randn(2, 1).double(), torch.randn(4, 2).double()
     inputs = [t.requires_grad_(True) for t in (base, x, A, E, B)]
     c = torch.tensor([0.7], dtype=torch.float64)
 
-    assert torch.autograd.gradcheck(lambda *t: add_adapter(*t, c), inputs)
-    assert torch.autograd.gradgradcheck(lambda *t: add_adapter(*t, c), inputs)
+    mask = draw_mask(nn.Dropout(p), x)
+
+    assert torch.autograd.gradcheck(lambda *t: add_adapter(*t, c, mask), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: add_adapter(*t, c, mask), inputs)
 
 
 @pytest.mark.parametrize("frozen", [(), *[(p,) for p in PARAMETERS], PARAMETERS])
@@ -168,7 +173,7 @@ def test_dropout_uses_the_mask_of_its_forward_in_backward(kind):
     adapted = randomised(layer(kind, lora_dropout=0.5))
     x = torch.ones(6, 64, requires_grad=True)
     torch.manual_seed(5)
-    kept = torch.nn.functional.dropout(torch.ones(6, 64), 0.5) != 0
+    kept = unpacked(draw_mask(adapted.lora_dropout["default"], x), 6, 64) != 0
     torch.manual_seed(5)
     y = adapted(x)
     base = adapted.base_layer(x)
