@@ -12,7 +12,7 @@ from cosmic_ray.mutating import mutate_code
 
 from tests.mutation import judge
 from tests.mutation.classified import ClassificationError, Judged, load
-from tests.mutation.mutants import PACKAGE, Mutant, mutants_of
+from tests.mutation.mutants import FILES, PACKAGE, Mutant, mutants_of
 from tests.mutation.operators import operators
 from tests.mutation.results import Results, Verdict
 
@@ -51,6 +51,11 @@ def test_a_mutant_is_named_by_its_place_and_change(mutants: list[Mutant]) -> Non
     assert "scale.py: Scale.twice: self.last = dict( … → pass" in names
     assert "scale.py: Scale.twice: b=2, → nothing" in names
     assert len(set(names)) == len(names)
+
+
+def test_every_file_that_a_layer_imports_is_mutated_and_no_other() -> None:
+    assert {"_dispatch.py", "_layer.py", "_products.py", "_dropout.py"} <= set(FILES)
+    assert not {"_allocator.py", "_model.py", "__init__.py"} & set(FILES)
 
 
 def test_annotations_are_not_mutated(mutants: list[Mutant]) -> None:
@@ -95,7 +100,7 @@ def test_the_judge_finds_who_notices(small_judge: judge.Judge) -> None:
     def verdict(mutants: list[Mutant], change: str) -> Verdict:
         return small_judge.judge(next(m for m in mutants if change in m.change))
 
-    by_suite = verdict(layer, "(ranknum + 1e-5), → self.scaling[name] / (ranknum - 1e-5),")
+    by_suite = verdict(layer, "(ranknum + 1e-5) → c = scale / (ranknum - 1e-5)")
     assert (by_suite.clause, by_suite.test) == ("SCALE-1", "")
     by_tests = verdict(checks, 'raise TypeError(f"Unknown keyword `{key}`. {hint}") → pass')
     assert (by_tests.clause, by_tests.asked) == ("", 0)
