@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
     difference = difference_in_peft(model, options.folder, held_out)
     print(f"loss             {history.mean_loss(WINDOW):.3f} -> {history.mean_loss(-WINDOW):.3f}")
     print(f"recall, held out {history.recall_before:.2f} -> {history.recall_after:.2f}")
-    print(f"ranks            {history.budgets[0]} -> {sum(history.ranks[-1].values())}")
+    print(f"ranks            {sum(history.ranks[0].values())} -> {sum(history.ranks[-1].values())}")
     print(
         f"adapter          in {options.folder}; loaded by PEFT, embeddings within {difference:.1e}"
     )

@@ -98,20 +98,20 @@ same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's
 
 ![The loss of each](finetune-loss.svg)
 
-| | last loss, {WINDOW} steps | recall | seconds a step | CPU seconds a step | memory of a step |
-|---|---:|---:|---:|---:|---:|"""
+| | last loss, {WINDOW} steps | recall | CPU seconds a step | memory of a step |
+|---|---:|---:|---:|---:|"""
     for engine, name in NAMES.items():
         history = runs[engine][0].history
-        wall = min(r.history.seconds for r in runs[engine]) / steps
         cpu = min(r.history.cpu_seconds for r in runs[engine]) / steps
         yield (
             f"| {name} | {history.mean_loss(-WINDOW):.4f} | {history.recall_after:.3f} "
-            f"| {wall:.2f} | {cpu:.2f} | {memory[engine]:.0f} MiB |"
+            f"| {cpu:.2f} | {memory[engine]:.0f} MiB |"
         )
     yield f"""
-Of times, the least of {len(runs["qsvd"])} runs. Memory is the peak of the resident size in {MEMORY_STEPS}
-steps above what it was before the adapters were made. The model computes in fp32, where PEFT has no
-need of the fp32 copies of inputs that it makes in bf16 and fp16.
+Time is what the process itself took of the CPU, whatever else the machine did, per step and averaged
+over a run; the least of {len(runs["qsvd"])} run(s). Memory is the peak of the resident size in {MEMORY_STEPS} steps,
+above what it was before the adapters were made. The model computes in fp32, where PEFT has no need of
+the fp32 copies of inputs that it makes in bf16 and fp16.
 
 | against `qsvd` | largest difference of a loss | ranks differ in |
 |---|---:|---:|"""

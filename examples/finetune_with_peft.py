@@ -40,7 +40,8 @@ def train(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
     )
     for step in steps_of(history, config.total_step):
-        # `base_model` adds the penalty to the loss; without a task type the model calls past it.
+        # `base_model` adds the penalty to the loss; without a task type, PEFT's model calls past it
+        # (docs/defects/peft_orthogonal_term_needs_a_task_type.py).
         output = model.base_model(**next(batches))  # <- model and orthogonal_penalty
         output.loss.backward()
         optimizer.step()
