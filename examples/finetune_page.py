@@ -109,9 +109,9 @@ same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's
         )
     yield f"""
 Time is what the process itself took of the CPU, whatever else the machine did, per step and averaged
-over a run; the least of {len(runs["qsvd"])} run(s). Memory is the peak of the resident size in {MEMORY_STEPS} steps,
-above what it was before the adapters were made. The model computes in fp32, where PEFT has no need of
-the fp32 copies of inputs that it makes in bf16 and fp16.
+over a run; the least of {len(runs["qsvd"])} run(s). Memory is the peak of the resident size in {MEMORY_STEPS}
+steps, above what it was before the adapters were made. The model computes in fp32, where PEFT has no
+need of the fp32 copies of inputs that it makes in bf16 and fp16.
 
 | against `qsvd` | largest difference of a loss | ranks differ in |
 |---|---:|---:|"""
