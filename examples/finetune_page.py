@@ -18,6 +18,14 @@ from history import WINDOW, History, plot_ranks, save_figure
 from matplotlib.figure import Figure
 
 DOCS = ROOT / "docs"
+KINDS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
 NAMES = {"qsvd": "`qsvd`", "peft": "PEFT", "accelerated": "PEFT, `accelerate`d"}
 
 
@@ -58,12 +66,14 @@ def lesson(run: Run) -> Iterator[str]:
     """What the example did."""
     history = run.history
     first, last = history.ranks[0], history.ranks[-1]
+    found = f"{history.recall_before:.0%} first before, and {history.recall_after:.0%} after"
+    kept = f"{min(last.values())} to {max(last.values())} in a layer"
     before, after = history.mean_loss(WINDOW), history.mean_loss(-WINDOW)
     packages = ("torch", "bitsandbytes", "peft", "transformers")
     yield f"""\
 # A real encoder, fine-tuned in 4-bit
 
-Written by `python examples/finetune_page.py`: do not edit. Measured on the CPU, {run.threads} thread(s), with
+Written by `python examples/finetune_page.py`: do not edit. Measured on the CPU (threads: {run.threads}) with
 {", ".join(f"{name} {version(name)}" for name in packages)}.
 
 [examples/finetune.py](../examples/finetune.py) teaches all-MiniLM-L6-v2, its six blocks in nf4, to find
@@ -72,16 +82,20 @@ to learn from, and {run.held_out} that are held out. AdaLoRA starts with 8 ranks
 layers; {len(history.losses)} steps of {BATCH} pairs later, 4 are left on average.
 
 - The loss, {WINDOW} steps averaged, went from {before:.2f} to {after:.2f}.
-- Asked for the {run.held_out} functions held out, it found {history.recall_before:.0%} first before, and
-  {history.recall_after:.0%} after.
-- {sum(last.values())} of {sum(first.values())} ranks are left,
-  {min(last.values())} to {max(last.values())} in a layer.
+- Of the {run.held_out} functions held out, it found {found}.
+- Of {sum(first.values())} ranks {sum(last.values())} are left, {kept}.
 - PEFT, given the saved adapter, computes the same embeddings within {run.difference:.1e}.
 
 ![The budget, and the rank of each layer, over the steps](finetune-ranks.svg)
 
 The budget falls as a cube. Dark rows are layers that lost their ranks to others.
-"""
+
+| layers | mean rank at the end |
+|---|---:|"""
+    for kind in KINDS:
+        ranks = [r for name, r in last.items() if name.split(".", 3)[-1] == kind]
+        yield f"| `{kind}` | {fmean(ranks):.1f} |"
+    yield ""
 
 
 def comparison(
@@ -89,7 +103,7 @@ def comparison(
 ) -> Iterator[str]:
     """The same run by each engine."""
     ours = runs["qsvd"][0].history
-    steps = len(ours.losses)
+    steps, turns = len(ours.losses), len(runs["qsvd"])
     yield f"""\
 ## PEFT beside it
 
@@ -109,9 +123,9 @@ same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's
         )
     yield f"""
 Time is what the process itself took of the CPU, whatever else the machine did, per step and averaged
-over a run; the least of {len(runs["qsvd"])} run(s). Memory is the peak of the resident size in {MEMORY_STEPS}
-steps, above what it was before the adapters were made. The model computes in fp32, where PEFT has no
-need of the fp32 copies of inputs that it makes in bf16 and fp16.
+over a run (runs: {turns}; the least counts). Memory is the peak of the resident size in {MEMORY_STEPS} steps, above
+what it was before the adapters were made. The model computes in fp32, where PEFT has no need of
+the fp32 copies of inputs that it makes in bf16 and fp16.
 
 | against `qsvd` | largest difference of a loss | ranks differ in |
 |---|---:|---:|"""

@@ -164,7 +164,7 @@ def test_the_page_tells_what_the_runs_saw(
     examples["finetune_page"].write_page(tmp_path, docs=tmp_path)
 
     page = (tmp_path / "finetune.md").read_text()
-    assert f"{TARGET * LAYERS} of {INIT * LAYERS} ranks are left" in page
+    assert f"Of {INIT * LAYERS} ranks {TARGET * LAYERS} are left" in page
     assert f"| PEFT | 2.5e-01 | 1 of {STEPS} steps |" in page
     assert f"| PEFT, `accelerate`d | 0.0e+00 | 0 of {STEPS} steps |" in page
     assert all((tmp_path / f"finetune-{plot}.svg").exists() for plot in ("loss", "ranks"))
