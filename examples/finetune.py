@@ -104,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> History:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch", type=int, default=16, help="pairs in a batch")
+    parser.add_argument("--steps", type=int, default=120, help="of the optimizer (120)")
+    parser.add_argument("--batch", type=int, default=16, help="pairs in a batch (16)")
     parser.add_argument("--texts", type=int, help="use only so many pairs, to try it quickly")
     parser.add_argument(
-        "--folder", type=Path, default=Path("finetuned"), help="for what is written"
+        "--folder", type=Path, default=Path("finetuned"), help="for what is written (finetuned)"
     )
     return parser.parse_args(arguments)
 

@@ -1,6 +1,6 @@
 """Run `finetune.py` and `finetune_with_peft.py` side by side, and write docs/finetune.md of it.
 
-OMP_NUM_THREADS=1 python examples/finetune_page.py             # half an hour
+OMP_NUM_THREADS=1 python examples/finetune_page.py             # half an hour of CPU time
 python examples/finetune_page.py --write                       # the page again, of the same runs
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -29,27 +30,24 @@ KINDS = (
 NAMES = {"qsvd": "`qsvd`", "peft": "PEFT", "accelerated": "PEFT, `accelerate`d"}
 
 
-def write_page(folder: Path, docs: Path = DOCS) -> None:
-    """Write docs/finetune.md and its two plots."""
+def write_page(folder: Path, docs: Path) -> None:
+    """Write finetune.md and its two plots into `docs`."""
     memory = {e: read_run(folder / f"memory-{e}.json").memory_mib for e in ENGINES}
     runs = {e: [read_run(p) for p in sorted(folder.glob(f"run-{e}-*.json"))] for e in ENGINES}
-    other = read_run(folder / "other.json")
     plot_ranks(runs["qsvd"][0].history, docs / "finetune-ranks.svg")
-    plot_losses(
-        {e: r[0].history for e, r in runs.items()}, other.history, docs / "finetune-loss.svg"
-    )
-    text = "\n".join([*lesson(runs["qsvd"][0]), *comparison(runs, other, memory)]) + "\n"
+    plot_losses(runs, docs / "finetune-loss.svg")
+    text = "\n".join([*lesson(runs["qsvd"]), *comparison(runs, memory), *noise(runs)]) + "\n"
     (docs / "finetune.md").write_text(text, encoding="utf-8")
 
 
-def plot_losses(histories: Mapping[str, History], other: History, path: Path) -> None:
-    """The loss, averaged over a few steps, of each engine, and of qsvd from other first values."""
+def plot_losses(runs: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """The loss, averaged over a few steps, from each seed's first values: qsvd's, and PEFT's on it."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    styles = {"qsvd": {"lw": 4, "alpha": 0.4}, "peft": {}, "accelerated": {"ls": ":", "c": "k"}}
-    for engine, history in histories.items():
-        axes.plot(*averaged(history), label=NAMES[engine].replace("`", ""), **styles[engine])
-    axes.plot(*averaged(other), "--", c="grey", lw=1, label="qsvd, other first values")
+    for seed, (ours, theirs) in enumerate(zip(runs["qsvd"], runs["peft"], strict=True)):
+        axes.plot(*averaged(ours.history), lw=4, alpha=0.4, label=f"qsvd, seed {seed}")
+        label = "PEFT, each seed" if seed == 0 else None
+        axes.plot(*averaged(theirs.history), "k:", lw=1.5, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss, mean of {WINDOW} steps")
     axes.set_ylim(bottom=0)
@@ -62,13 +60,14 @@ def averaged(history: History) -> tuple[Sequence[int], Sequence[float]]:
     return steps, [fmean(history.losses[step - WINDOW : step]) for step in steps]
 
 
-def lesson(run: Run) -> Iterator[str]:
-    """What the example did."""
-    history = run.history
+def lesson(runs: Sequence[Run]) -> Iterator[str]:
+    """What the example did, from the first values that it draws itself."""
+    run, history = runs[0], runs[0].history
     first, last = history.ranks[0], history.ranks[-1]
     found = f"{history.recall_before:.0%} first before, and {history.recall_after:.0%} after"
     kept = f"{min(last.values())} to {max(last.values())} in a layer"
     before, after = history.mean_loss(WINDOW), history.mean_loss(-WINDOW)
+    minutes = seconds_a_step(runs) * len(history.losses) / 60
     packages = ("torch", "bitsandbytes", "peft", "transformers")
     yield f"""\
 # A real encoder, fine-tuned in 4-bit
@@ -79,7 +78,8 @@ Written by `python examples/finetune_page.py`: do not edit. Measured on the CPU 
 [examples/finetune.py](../examples/finetune.py) teaches all-MiniLM-L6-v2, its six blocks in nf4, to find
 the function that a docstring was written for. The text is this repository's: {run.seen} functions
 to learn from, and {run.held_out} that are held out. AdaLoRA starts with 8 ranks in each of {len(first)}
-layers; {len(history.losses)} steps of {BATCH} pairs later, 4 are left on average.
+layers; {len(history.losses)} steps of {BATCH} pairs later, 4 are left on average. That takes
+{minutes:.1f} minutes of CPU time.
 
 - The loss, {WINDOW} steps averaged, went from {before:.2f} to {after:.2f}.
 - Of the {run.held_out} functions held out, it found {found}.
@@ -88,7 +88,8 @@ layers; {len(history.losses)} steps of {BATCH} pairs later, 4 are left on averag
 
 ![The budget, and the rank of each layer, over the steps](finetune-ranks.svg)
 
-The budget falls as a cube. Dark rows are layers that lost their ranks to others.
+The budget falls as a cube, and every fifth step the ranks follow it. Dark rows are layers that lost
+their ranks to others.
 
 | layers | mean rank at the end |
 |---|---:|"""
@@ -98,61 +99,75 @@ The budget falls as a cube. Dark rows are layers that lost their ranks to others
     yield ""
 
 
-def comparison(
-    runs: Mapping[str, Sequence[Run]], other: Run, memory: Mapping[str, float]
-) -> Iterator[str]:
-    """The same run by each engine."""
-    ours = runs["qsvd"][0].history
-    steps, turns = len(ours.losses), len(runs["qsvd"])
+def seconds_a_step(runs: Sequence[Run]) -> float:
+    """CPU time: of each step the least that a seed took for it, as they all have the same texts."""
+    steps = zip(*(run.history.cpu_seconds for run in runs), strict=True)
+    return fmean(min(step) for step in steps)
+
+
+def comparison(runs: Mapping[str, Sequence[Run]], memory: Mapping[str, float]) -> Iterator[str]:
+    """The same runs by each engine."""
     yield f"""\
 ## PEFT beside it
 
 [examples/finetune_with_peft.py](../examples/finetune_with_peft.py) is the same run with PEFT, from the
-same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's do.
+same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's do. Each ran from the
+first values of {len(runs["qsvd"])} seeds, on the same texts in the same order.
 
-![The loss of each](finetune-loss.svg)
-
-| | last loss, {WINDOW} steps | recall | CPU seconds a step | memory of a step |
+| | last loss, {WINDOW} steps | recall, held out | CPU seconds a step | memory of a step |
 |---|---:|---:|---:|---:|"""
     for engine, name in NAMES.items():
-        history = runs[engine][0].history
-        cpu = min(r.history.cpu_seconds for r in runs[engine]) / steps
-        yield (
-            f"| {name} | {history.mean_loss(-WINDOW):.4f} | {history.recall_after:.3f} "
-            f"| {cpu:.2f} | {memory[engine]:.0f} MiB |"
-        )
+        loss = fmean(run.history.mean_loss(-WINDOW) for run in runs[engine])
+        recall = fmean(run.history.recall_after for run in runs[engine])
+        seconds = seconds_a_step(runs[engine])
+        yield (f"| {name} | {loss:.4f} | {recall:.3f} | {seconds:.2f} | {memory[engine]:.0f} MiB |")
     yield f"""
-Time is what the process itself took of the CPU, whatever else the machine did, per step and averaged
-over a run (runs: {turns}; the least counts). Memory is the peak of the resident size in {MEMORY_STEPS} steps, above
-what it was before the adapters were made. The model computes in fp32, where PEFT has no need of
-the fp32 copies of inputs that it makes in bf16 and fp16.
+Loss and recall are means over the seeds. Time is what the process itself took of the CPU; of each step the
+least of the seeds counts, since other work on the machine slows a process down as well. Memory is
+the peak of the resident size in {MEMORY_STEPS} steps, above what it was before the adapters were made.
+The model computes in fp32, where PEFT has no need of the fp32 copies of inputs that it makes in
+bf16 and fp16."""
 
-| against `qsvd` | largest difference of a loss | ranks differ in |
+
+def noise(runs: Mapping[str, Sequence[Run]]) -> Iterator[str]:
+    """How far the libraries are apart, against how far qsvd is from itself with other first values."""
+    ours = runs["qsvd"]
+    yield """
+## The same curve
+
+![The loss of each seed, by qsvd and by PEFT](finetune-loss.svg)
+
+| compared | largest difference of a step's loss | steps in which a layer's rank differs |
 |---|---:|---:|"""
     for engine in ("peft", "accelerated"):
-        yield against(NAMES[engine], ours, runs[engine][0].history)
-    yield against("`qsvd`, other first values", ours, other.history)
+        apart = [differences(a.history, b.history) for a, b in zip(ours, runs[engine], strict=True)]
+        loss, steps = max(loss for loss, _ in apart), sum(steps for _, steps in apart)
+        total = sum(len(run.history.losses) for run in ours)
+        yield f"| {NAMES[engine]} and `qsvd`, same seed | {loss:.1e} | {steps} of {total} |"
+    pairs = [differences(a.history, b.history) for a, b in combinations(ours, 2)]
+    loss, steps = min(pairs)
+    total = len(ours[0].history.losses)
+    yield f"| `qsvd` and `qsvd`, the two seeds nearest to one another | {loss:.1e} | {steps} of {total} |"
     yield """
 The last row is the noise: what a run changes by if only its adapters start with other random values."""
 
 
-def against(name: str, one: History, two: History) -> str:
-    """A row: how far two runs are apart, in the loss of a step and in the steps whose ranks differ."""
+def differences(one: History, two: History) -> tuple[float, int]:
+    """The largest difference of a step's loss, and in how many steps a layer's rank differs."""
     loss = max(abs(a - b) for a, b in zip(one.losses, two.losses, strict=True))
-    steps = sum(a != b for a, b in zip(one.ranks, two.ranks, strict=True))
-    return f"| {name} | {loss:.1e} | {steps} of {len(one.ranks)} steps |"
+    return loss, sum(a != b for a, b in zip(one.ranks, two.ranks, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="of first values, 2 or more (3)")
     parser.add_argument("--folder", type=Path, default=Path("finetuned-page"), help="for the runs")
     parser.add_argument("--write", action="store_true", help="only the page, from the last runs")
     options = parser.parse_args(arguments)
     if not options.write:
-        measure(options.folder, options.steps, options.repeats)
-    write_page(options.folder)
+        measure(options.folder, options.steps, options.seeds)
+    write_page(options.folder, DOCS)
 
 
 if __name__ == "__main__":

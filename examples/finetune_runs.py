@@ -1,7 +1,8 @@
 """The runs of `finetune.py` and `finetune_with_peft.py` that docs/finetune.md is about.
 
-Each has a process of its own. Times come from whole runs, which take turns; memory from short ones, in
-which freed memory is given back at once, so that what is resident is what is in use.
+Each has a process of its own. Losses, ranks and times come from whole runs, of several seeds, in which
+the engines take turns; memory from short ones, in which freed memory is given back at once, so that
+what is resident is what is in use.
 """
 
 from __future__ import annotations
@@ -95,17 +96,16 @@ def read_run(result: Path) -> Run:
     return Run(**{**found, "history": History(**found["history"])})
 
 
-def measure(folder: Path, steps: int, repeats: int) -> None:
+def measure(folder: Path, steps: int, seeds: int) -> None:
     """Run everything; the engines take turns, so that a busy machine is unfair to none of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("run-*.json"):  # of more turns than these
+    for left_over in folder.glob("run-*.json"):  # of more seeds than these
         left_over.unlink()
     for engine in ENGINES:
         run_apart(folder / f"memory-{engine}.json", engine, MEMORY_STEPS, trim=True)
-    for turn in range(repeats):
+    for seed in range(seeds):
         for engine in ENGINES:
-            run_apart(folder / f"run-{engine}-{turn}.json", engine, steps)
-    run_apart(folder / "other.json", "qsvd", steps, seed=1)
+            run_apart(folder / f"run-{engine}-{seed}.json", engine, steps, seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Iterator
@@ -149,22 +150,53 @@ def test_the_page_tells_what_the_runs_saw(
     history: dict[str, Any], examples: dict[str, ModuleType], tmp_path: Path
 ) -> None:
     """
-    Of runs that differ in one loss and in the ranks of one step, for instance.
+    Of runs whose differences are known: PEFT's in one loss and the ranks of a step, a seed's in more.
     """
-    other = json.loads(json.dumps(history))
-    other["losses"][4] += 0.25
-    other["ranks"][4] = other["ranks"][0]
+    theirs, other = copy.deepcopy(history), copy.deepcopy(history)
+    theirs["losses"][4] += 0.25
+    theirs["ranks"][4] = theirs["ranks"][0]
+    other["losses"][3] -= 0.5
+    history["cpu_seconds"], other["cpu_seconds"] = [2.0] * STEPS, [1.0, *[3.0] * (STEPS - 1)]
     run = {"memory_mib": 12.0, "difference": 1e-7, "seen": 8, "held_out": 1, "threads": 1}
-    for name in ("qsvd", "peft", "accelerated"):
-        of_engine = other if name == "peft" else history
-        for file in (f"memory-{name}", f"run-{name}-0"):
-            (tmp_path / f"{file}.json").write_text(json.dumps({**run, "history": of_engine}))
-    (tmp_path / "other.json").write_text(json.dumps({**run, "history": history}))
+    for engine in ("qsvd", "peft", "accelerated"):
+        seeds = [theirs if engine == "peft" else history, other]
+        for name, of_run in zip(
+            ("memory-{}", "run-{}-0", "run-{}-1"), (history, *seeds), strict=True
+        ):
+            text = json.dumps({**run, "history": of_run})
+            (tmp_path / f"{name.format(engine)}.json").write_text(text)
 
     examples["finetune_page"].write_page(tmp_path, docs=tmp_path)
 
     page = (tmp_path / "finetune.md").read_text()
     assert f"Of {INIT * LAYERS} ranks {TARGET * LAYERS} are left" in page
-    assert f"| PEFT | 2.5e-01 | 1 of {STEPS} steps |" in page
-    assert f"| PEFT, `accelerate`d | 0.0e+00 | 0 of {STEPS} steps |" in page
+    assert f"| {(2 * STEPS - 1) / STEPS:.2f} | 12 MiB |" in page  # of each step the least
+    assert f"| PEFT and `qsvd`, same seed | 2.5e-01 | 1 of {2 * STEPS} |" in page
+    assert f"| PEFT, `accelerate`d and `qsvd`, same seed | 0.0e+00 | 0 of {2 * STEPS} |" in page
+    assert f"two seeds nearest to one another | 5.0e-01 | 0 of {STEPS} |" in page
     assert all((tmp_path / f"finetune-{plot}.svg").exists() for plot in ("loss", "ranks"))
+
+
+@pytest.mark.slow
+def test_the_command_makes_the_page(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    From the runs to the page, with few steps and texts, and all runs in this process.
+    """
+    runs, page = examples["finetune_runs"], examples["finetune_page"]
+    pairs = runs.read_pairs()[:9]
+    monkeypatch.setattr(runs, "read_pairs", lambda: pairs)
+    monkeypatch.setattr(runs, "BATCH", 2)
+    monkeypatch.setattr(runs, "MEMORY_STEPS", 4)
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: runs.main(command[2:]))
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+
+    page.main(["--steps", "4", "--seeds", "2", "--folder", str(tmp_path / "runs")])
+
+    text = (tmp_path / "finetune.md").read_text()
+    assert "8 functions\nto learn from, and 1 that" in text
+    assert "\n| PEFT and `qsvd`, same seed | " in text
+    found = [float(row.split("|")[2]) for row in text.splitlines() if "`qsvd`, same seed" in row]
+    assert len(found) == 2
+    assert max(found) < 1e-4
