@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_count, check_known_names
 from qsvd._config import AdaLoraConfig
+from qsvd._distributed import Peers, local, placed, reshard, unwrapped, whole
 from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
 from qsvd._layer import SVDLayer
 from qsvd._model import note_pattern
@@ -31,8 +32,11 @@ class RankAllocator:
     final, and is applied again after each further step. What is kept is exactly the budget, ties
     decided by order.
 
+    On several processes each has an allocator, and every method is called on all of them. Given the
+    model in DistributedDataParallel, or sharded by `fully_shard`, all keep what the first one chose.
+
     Args:
-        model: with the adapter in its layers, see `qsvd.adapt`.
+        model: with the adapter in its layers, see `qsvd.adapt`; wrapped or sharded before or after.
         config: the schedule and the decay rates.
         adapter_name: whose triplets are allocated; adapters of other names are not touched.
 
@@ -46,11 +50,12 @@ class RankAllocator:
     def __init__(
         self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"
     ) -> None:
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, SVDLayer)}
+        self._given = model
+        self._model = unwrapped(model)
+        layers = {n: m for n, m in self._model.named_modules() if isinstance(m, SVDLayer)}
         check_known_names([adapter_name], {name for m in layers.values() for name in m.lora_A})
         self.config = config
         self.adapter_name = adapter_name
-        self._model = model
         self._layers = {n: m for n, m in layers.items() if adapter_name in m.lora_A}
         self.schedule = Schedule.of(config, [m.r[adapter_name] for m in self._layers.values()])
         self.budget = self.schedule.initial
@@ -63,7 +68,7 @@ class RankAllocator:
         """Take the gradients of this step into account, and mask singular values if it is time.
 
         A weight without a gradient keeps its averages, and so does every weight if a gradient is
-        not finite: a `GradScaler` skips that optimizer step, too.
+        not finite, on any process: a `GradScaler` skips that optimizer step, too.
 
         Args:
             global_step: optimizer steps done, from 0 or 1 as PEFT's users count; not micro-batches.
@@ -85,6 +90,7 @@ class RankAllocator:
                 f"Step {step} is after the last allocation, at {self.schedule.settled}, and no "
                 "triplets were chosen: load the allocator's state with `load_state_dict`."
             )
+        reshard(self._model)
         if step < self.schedule.settled:
             self._observe(grad_scale)
         self.budget = self.schedule.budget(step)
@@ -116,14 +122,14 @@ class RankAllocator:
         """All that a resumed run needs to go on bit for bit, beside the model's own state.
 
         Returns:
-            `means` and `uncertainties`, fp32 copies by weight, on the weights' devices;
-            `rank_pattern`; `budget`; `adapter_name`. `torch.save` writes it, and
-            `torch.load(..., weights_only=True)` reads it.
+            `means` and `uncertainties`, fp32 copies by weight, on the weights' devices and whole,
+            so that any number of processes may go on; `rank_pattern`; `budget`; `adapter_name`.
+            `torch.save` writes it, and `torch.load(..., weights_only=True)` reads it.
         """
         return {
             "adapter_name": self.adapter_name,
-            "means": {k: v.clone() for k, v in self._means.items()},
-            "uncertainties": {k: v.clone() for k, v in self._uncertainties.items()},
+            "means": {k: whole(v).clone() for k, v in self._means.items()},
+            "uncertainties": {k: whole(v).clone() for k, v in self._uncertainties.items()},
             "rank_pattern": self.rank_pattern,
             "budget": self.budget,
         }
@@ -146,6 +152,7 @@ class RankAllocator:
             raise ValueError(
                 f"The state is of adapter {state['adapter_name']!r}, not of {self.adapter_name!r}."
             )
+        reshard(self._model)
         means = self._checked("means", state["means"])
         uncertainties = self._checked("uncertainties", state["uncertainties"])
         if means.keys() != uncertainties.keys():
@@ -160,57 +167,65 @@ class RankAllocator:
         weight: Tensor = getattr(self._layers[layer], part)[self.adapter_name]
         return weight
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"{n}.{part}": self._part(n, part) for n in self._layers for part in _PARTS}
+
     def _observe(self, grad_scale: float) -> None:
-        """Move the averages of every weight that has a gradient."""
+        """Move the averages of every weight that has a gradient; of shards, each process its own."""
         weights = {
-            f"{layer}.{part}": weight
-            for layer in self._layers
-            for part in _PARTS
-            if (weight := self._part(layer, part)).grad is not None
+            key: weight for key, weight in self._weights().items() if weight.grad is not None
         }
-        gradients = [w.grad for w in weights.values() if w.grad is not None]
-        if not gradients or not all_finite(gradients):
+        gradients = [local(w.grad) for w in weights.values() if w.grad is not None]
+        # Averaged gradients are the same everywhere; of shards, one may be finite and another not.
+        sharing = Peers.of(self._model, weights.values())
+        if not gradients or not sharing.all(all_finite(gradients)):
             return
-        for key, weight in weights.items():
-            if key not in self._means:
-                self._means[key] = torch.zeros_like(weight)
-                self._uncertainties[key] = torch.zeros_like(weight)
+        for averages in (self._means, self._uncertainties):
+            for key, weight in weights.items():
+                average = averages.get(key)
+                # A state may have been loaded before the model was sharded.
+                averages[key] = (
+                    torch.zeros_like(weight) if average is None else placed(average, weight)
+                )
         update_averages(
-            list(weights.values()),
+            [local(w) for w in weights.values()],
             gradients,
-            [self._means[key] for key in weights],
-            [self._uncertainties[key] for key in weights],
+            [local(self._means[key]) for key in weights],
+            [local(self._uncertainties[key]) for key in weights],
             self.config.beta1,
             self.config.beta2,
             grad_scale,
         )
 
     def _choose(self) -> None:
-        scores = [self._score(layer) for layer in self._layers]
-        self._keep = dict(zip(self._layers, most_important(scores, self.budget), strict=True))
+        chosen = most_important([self._score(n) for n in self._layers], self.budget)
+        keep = torch.cat([k.cpu() for k in chosen])
+        # Every process has computed the same, if its hardware rounds as the others' does.
+        keep = Peers.of(self._given, self._weights().values()).of_first(keep)
+        parts = torch.split(keep, [len(k) for k in chosen])
+        self._keep = {
+            n: part.to(k.device) for n, part, k in zip(self._layers, parts, chosen, strict=True)
+        }
         note_pattern(self._model, self.adapter_name, self.rank_pattern or {})
 
     def _score(self, layer: str) -> Tensor:
         """S (r,) of one layer; zero while none of its weights was observed."""
-        parts = [self._part(layer, part) for part in _PARTS]
-        keys = [f"{layer}.{part}" for part in _PARTS]
-        return triplet_importance(
-            [self._means.get(k, torch.zeros_like(p)) for k, p in zip(keys, parts, strict=True)],
-            [
-                self._uncertainties.get(k, torch.zeros_like(p))
-                for k, p in zip(keys, parts, strict=True)
-            ],
+        parts = {f"{layer}.{part}": self._part(layer, part) for part in _PARTS}
+        means, uncertainties = (
+            [averages.get(key, torch.zeros_like(part)) for key, part in parts.items()]
+            for averages in (self._means, self._uncertainties)
         )
+        return triplet_importance(means, uncertainties)
 
     def _mask(self) -> None:
         assert self._keep is not None
         for layer, keep in self._keep.items():
             E = self._part(layer, "lora_E")
-            E.masked_fill_(~keep.to(E.device)[:, None], 0.0)
+            local(E).masked_fill_(local(placed(~keep[:, None], E)), 0.0)
 
     def _checked(self, what: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies beside the weights that they belong to."""
-        weights = {f"{n}.{part}": self._part(n, part) for n in self._layers for part in _PARTS}
+        weights = self._weights()
         for key, value in given.items():
             if key not in weights:
                 raise ValueError(f"The state's {what} have {key!r}, which the model has not.")
@@ -220,7 +235,7 @@ class RankAllocator:
                     f"{tuple(weights[key].shape)}."
                 )
         return {
-            k: v.detach().to(weights[k].device, torch.float32, copy=True) for k, v in given.items()
+            k: placed(v.detach().to(torch.float32, copy=True), weights[k]) for k, v in given.items()
         }
 
     def _checked_pattern(self, given: Mapping[str, list[bool]] | None) -> dict[str, Tensor] | None:

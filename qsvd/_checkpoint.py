@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_known_names, check_new_name
 from qsvd._config import AdaLoraConfig
+from qsvd._distributed import Peers, check_not_distributed, reshard, whole
 from qsvd._files import CONFIG_HASH, config_hash, read_pair, write_pair
 from qsvd._layer import SVDLayer
 from qsvd._model import adapted_layers, put_in_place, record_of
@@ -58,6 +59,10 @@ def save_adapter(
 
     A process killed at any moment leaves the old pair of files or the new one: see `qsvd._files`.
 
+    A model in DistributedDataParallel, or sharded by `fully_shard`, is saved on all processes
+    together: the first writes whole tensors, and all return when the files are there. Any other is
+    written by whoever calls: on one process only, where several hold it.
+
     Args:
         model: adapted by `qsvd.adapt` or `load_adapter`.
         folder: made if it is not there; other files in it are left alone.
@@ -67,12 +72,16 @@ def save_adapter(
 
     Raises:
         ValueError: for a model that is not adapted, or has no such adapter.
+        RuntimeError: on the other processes, if the first one could not write.
     """
     record = record_of(model)
     check_known_names([adapter_name], record.configs if record else ())
     assert record is not None  # sanity check: the line above has refused
     config = record.configs[adapter_name]
-    layers = {n: _triplets(m, adapter_name) for n, m in adapted_layers(model).items()}
+    adapted = adapted_layers(model)
+    reshard(model)
+    peers = Peers.of(model, [layer.lora_E[adapter_name] for layer in adapted.values()])
+    layers = {n: _triplets(m, adapter_name) for n, m in adapted.items()}
     pattern = record.patterns.get(adapter_name) if prune else None
     if pattern is not None:
         layers = {n: t.kept(pattern[f"{n}.lora_E"]) for n, t in layers.items()}
@@ -85,7 +94,7 @@ def save_adapter(
     saved = {**config.to_dict(), "inference_mode": True}
     text = json.dumps(saved, indent=2, sort_keys=True).encode() + b"\n"
     metadata = {"format": "pt", CONFIG_HASH: config_hash(text)}
-    write_pair(Path(folder), save(tensors, metadata), text)
+    peers.once(lambda: write_pair(Path(folder), save(tensors, metadata), text))
 
 
 def load_adapter(
@@ -101,7 +110,8 @@ def load_adapter(
     adapter is added under a new name, and made the active one.
 
     Args:
-        model: the base model, quantised, or one that is adapted already.
+        model: the base model, quantised, or one that is adapted already; before it is wrapped or
+            sharded.
         folder: with `adapter_model.safetensors` and `adapter_config.json`. Nothing is unpickled.
         adapter_name: a new name for the adapter.
         trainable: go on training it.
@@ -111,10 +121,11 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if one of the two files is not there.
-        ValueError: if they do not fit the model or one another, naming the key. The model is then as
-            it was.
+        ValueError: if they do not fit the model or one another, naming the key; if the model is
+            wrapped or sharded. The model is then as it was.
         TypeError: as `qsvd.adapt`.
     """
+    check_not_distributed(model, "load the adapter")
     path, content = read_pair(Path(folder))
     config = AdaLoraConfig.from_json(content, Path(folder) / "adapter_config.json")
     config = replace(config, inference_mode=not trainable)
@@ -157,8 +168,8 @@ def _composed(
 
 
 def _triplets(layer: SVDLayer, adapter_name: str) -> Triplets:
-    parts = (p[adapter_name].detach().cpu() for p in (layer.lora_A, layer.lora_E, layer.lora_B))
-    return Triplets(*parts)
+    parts = (p[adapter_name].detach() for p in (layer.lora_A, layer.lora_E, layer.lora_B))
+    return Triplets(*(whole(part).cpu() for part in parts))
 
 
 def _install(layer: SVDLayer, adapter_name: str, triplets: Triplets, config: AdaLoraConfig) -> None:
@@ -171,6 +182,10 @@ def _install(layer: SVDLayer, adapter_name: str, triplets: Triplets, config: Ada
     if config.lora_alpha <= 0:
         layer.scaling[adapter_name] = float(config.init_r)
     layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
+    if triplets.rank == 0:
+        # They never get a gradient, and DistributedDataParallel waits for one of all that may have one.
+        for parameters in (layer.lora_A, layer.lora_E, layer.lora_B):
+            parameters[adapter_name].requires_grad_(False)
 
 
 def _read(

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qsvd._distributed import whole
+
 # Products of one chunk, held for a moment: in a core's cache on a CPU, one launch on a GPU.
 _CHUNK = {"cpu": 2**16, "cuda": 2**24}
 
@@ -59,7 +61,7 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
 
 def triplet_importance(means: Sequence[Tensor], uncertainties: Sequence[Tensor]) -> Tensor:
     """S (r,) of one layer's triplets, from the averages of its A (r, in), E (r, 1), B (out, r)."""
-    a, e, b = (mean * unc for mean, unc in zip(means, uncertainties, strict=True))
+    a, e, b = (whole(mean * unc) for mean, unc in zip(means, uncertainties, strict=True))
     return e[:, 0] + a.mean(dim=1) + b.mean(dim=0)
 
 

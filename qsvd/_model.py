@@ -14,6 +14,7 @@ from torch.hub import tqdm  # type: ignore[attr-defined]  # a plain counter with
 from qsvd._checks import check_new_name
 from qsvd._config import AdaLoraConfig
 from qsvd._dispatch import layer_for
+from qsvd._distributed import check_not_distributed, unwrapped
 from qsvd._layer import SVDLayer
 from qsvd._targets import find_targets
 
@@ -56,9 +57,10 @@ def adapt(model: M, config: AdaLoraConfig, adapter_name: str = "default") -> M:
 
     Raises:
         ValueError: for targets that match nothing, are adapted already, tied or shared; for a model
-            that is adapted already.
+            that is adapted already, wrapped or sharded.
         TypeError: for a target that is not a quantised layer. The model is then as it was.
     """
+    check_not_distributed(model, "adapt it")
     if record_of(model) is not None:
         raise ValueError(
             "The model is adapted already. `qsvd.remove(model)` gives the original modules back."
@@ -137,12 +139,13 @@ def adapted_layers(model: nn.Module) -> dict[str, SVDLayer]:
     Args:
         model: any module; one without adapted layers has none.
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, SVDLayer)}
+    modules = unwrapped(model).named_modules()
+    return {name: m for name, m in modules if isinstance(m, SVDLayer)}
 
 
 def record_of(model: nn.Module) -> Record | None:
     """What `adapt` noted about a model; it is copied and pickled with the model."""
-    record: Record | None = model.__dict__.get(_RECORD)
+    record: Record | None = unwrapped(model).__dict__.get(_RECORD)
     return record
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd._checks import check_known_names
+from qsvd._distributed import whole
 from qsvd._layer import SVDLayer
 
 
@@ -18,7 +19,7 @@ def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tenso
     its authors' code has not.)
 
     Args:
-        model: with adapted layers.
+        model: with adapted layers; wrapped or sharded, on every process.
         adapter_name: the adapter whose triplets are meant.
 
     Returns:
@@ -39,7 +40,9 @@ def _factors(model: nn.Module, adapter_name: str) -> list[Tensor]:
     known = {name for layer in layers for name in layer.lora_A}
     check_known_names([adapter_name], known)
     mine = [layer for layer in layers if adapter_name in layer.lora_A]
-    return [f for m in mine for f in (m.lora_A[adapter_name], m.lora_B[adapter_name].T)]
+    return [
+        f for m in mine for f in (whole(m.lora_A[adapter_name]), whole(m.lora_B[adapter_name]).T)
+    ]
 
 
 def _distance(factor: Tensor) -> Tensor:

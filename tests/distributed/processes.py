@@ -1,0 +1,84 @@
+"""A function run by several processes of one gloo group, and what each of them returned.
+
+The processes are forked from a server that has imported torch and bitsandbytes once, so a group of four
+starts in half a second. They meet over a file, so no port is chosen by us, and a process that
+hangs is killed with its group.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+TIMEOUT = 60.0  # seconds; what the tests ask takes two
+_PRELOADED = ["torch", "bitsandbytes", "qsvd", "torch.distributed.fsdp", "tests.distributed.runs"]
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(_PRELOADED)
+
+
+def run(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
+    """What `function(*args)` returns on each of `world` processes, by rank.
+
+    Raises:
+        AssertionError: if a process raised, died, or did not end in time, with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [
+            _SERVER.Process(target=_work, args=(folder, rank, world, function, args), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        failures = [path.read_text() for path in sorted(folder.glob("failure-*"))]
+        assert not failures, "\n".join(failures)
+        assert not late, f"processes {late} of {world} did not end within {timeout} s"
+        died = {r: p.exitcode for r, p in enumerate(processes) if p.exitcode}
+        assert not died, f"processes died, by rank: {died}"
+        return [torch.load(folder / f"result-{r}.pt", weights_only=False) for r in range(world)]
+
+
+def _work(
+    folder: Path, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    torch.manual_seed(20260101)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT / 2),
+    )
+    try:
+        torch.save(function(*args), folder / f"result-{rank}.pt")
+        dist.barrier()  # nobody tears the group down while another still uses it
+    except BaseException:
+        text = f"process {rank} of {world}:\n{traceback.format_exc()}"
+        (folder / f"failure-{rank}").write_text(text)
+        os._exit(1)  # the others' collectives fail at once, rather than at their time-out
+    dist.destroy_process_group()
