@@ -1,0 +1,148 @@
+"""Who is measured: the base layer alone, the ports, and PEFT's AdaLoRA and LoRA layers."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+
+from conformance.benchmarks.grid import Scenario
+from conformance.case import ADAPTER_NAMES
+from conformance.port import Port, PortError, load_port
+
+Role = Literal["base", "port", "adalora", "lora"]
+PEFT_PORT = "conformance.ports.peft"
+ADALORA, LORA = "PEFT AdaLoRA", "PEFT LoRA"
+FULL = "(none masked)"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A layer to be measured: how it is built over a base layer that it may keep."""
+
+    name: str
+    role: Role
+    version: str
+    build: Callable[[nn.Module, Scenario], nn.Module]
+    provides: Callable[[Scenario], bool] = lambda scenario: True
+
+
+def base_alone(version: str) -> Contestant:
+    """The quantised layer, without any adapter."""
+    return Contestant("base", "base", version, lambda base, scenario: base)
+
+
+def of_port(port: Port, name: str, role: Role = "port") -> Contestant:
+    """The AdaLoRA layers of a port."""
+    return Contestant(
+        name,
+        role,
+        port.version,
+        lambda base, scenario: _adapted(port, base, scenario),
+        lambda scenario: port.provides(scenario.kind),
+    )
+
+
+def of_peft() -> tuple[list[Contestant], str]:
+    """PEFT's AdaLoRA and LoRA layers; without PEFT none, and the reason in one line."""
+    try:
+        lora = importlib.import_module("conformance.benchmarks.peft_lora")
+        port = load_port(PEFT_PORT)
+    except (ImportError, PortError) as error:
+        reason = str(error).partition("\n")[0]
+        return [], f"PEFT is not measured, and nothing is compared with it: {reason}"
+
+    def build(base: nn.Module, scenario: Scenario) -> nn.Module:
+        names = ADAPTER_NAMES[: scenario.adapters]
+        layer: nn.Module = lora.lora_layer(
+            scenario.kind, base, names, scenario.rank, scenario.dropout
+        )
+        return _prepared(layer, scenario, masked=False)
+
+    return [
+        of_port(port, ADALORA, "adalora"),
+        Contestant(LORA, "lora", lora.__version__, build),
+    ], ""
+
+
+def beside_unmasked(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """The same, and each AdaLoRA layer once more with none of its E zero."""
+    found = []
+    for c in contestants:
+        found.append(c)
+        if c.role in ("port", "adalora"):
+            found.append(Contestant(f"{c.name} {FULL}", c.role, c.version, _unmasked(c), c.provides))
+    return found
+
+
+def _unmasked(contestant: Contestant) -> Callable[[nn.Module, Scenario], nn.Module]:
+    def build(base: nn.Module, scenario: Scenario) -> nn.Module:
+        layer = contestant.build(base, scenario)
+        return _prepared(layer, scenario, masked=False)
+
+    return build
+
+
+def make_base(scenario: Scenario, device: torch.device) -> nn.Module:
+    """A frozen quantised layer of random weights, without bias."""
+    shape = (scenario.in_features, scenario.out_features)
+    base: Linear4bit | Linear8bitLt
+    if scenario.kind == "4bit":
+        base = Linear4bit(
+            *shape, bias=False, compute_dtype=scenario.product_dtype, quant_type="nf4"
+        )
+        if not scenario.repack:
+            base.support_avx512bf16_for_cpu = False
+    else:
+        base = Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(shape[1], shape[0], generator=generator) * shape[0] ** -0.5
+        base.weight.data = weight.to(scenario.product_dtype)
+    base.requires_grad_(False)
+    moved: nn.Module = base.to(device)
+    return moved
+
+
+def build(contestant: Contestant, base: nn.Module, scenario: Scenario) -> nn.Module:
+    """The contestant's layer over a copy of the base layer: nobody meets another's traces."""
+    layer = contestant.build(copy.deepcopy(base), scenario)
+    return layer.train(scenario.mode == "step")
+
+
+def _adapted(port: Port, base: nn.Module, scenario: Scenario) -> nn.Module:
+    names = ADAPTER_NAMES[: scenario.adapters]
+    options = (scenario.rank, float(scenario.rank), scenario.dropout)
+    layer: Any = port.constructors[scenario.kind](base, names[0], *options)
+    for name in names[1:]:
+        layer.update_layer(name, *options)
+    layer.set_adapter(list(names))
+    for ranknum in layer.ranknum.values():
+        # PEFT lets it require a gradient by mistake; what that costs is not what is measured here.
+        ranknum.requires_grad_(False)
+    return _prepared(layer, scenario, masked=scenario.masked)
+
+
+def _prepared(layer: nn.Module, scenario: Scenario, *, masked: bool) -> nn.Module:
+    """Parameters as training leaves them: no E is zero but where it is masked."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if ".lora_" not in f".{name}":
+                continue
+            values = torch.randn(parameter.shape, generator=generator)
+            singular = "lora_E" in name
+            parameter.copy_(values if singular else values * 0.02)
+            if singular and masked:
+                # Spread over the ranks, as pruning leaves them.
+                dead = torch.ones(scenario.rank, dtype=torch.bool)
+                dead[:: max(1, scenario.rank // max(1, scenario.live_rank))] = False
+                parameter[dead.to(parameter.device)] = 0.0
+            parameter.requires_grad_(True)
+    return layer
