@@ -6,17 +6,18 @@ import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 from conformance.benchmarks.grid import Scenario
+from conformance.benchmarks.results import Role
 from conformance.case import ADAPTER_NAMES
 from conformance.port import Port, PortError, load_port
 
-Role = Literal["base", "port", "adalora", "lora"]
+
 PEFT_PORT = "conformance.ports.peft"
 ADALORA, LORA = "PEFT AdaLoRA", "PEFT LoRA"
 FULL = "(none masked)"

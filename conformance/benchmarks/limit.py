@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from conformance.benchmarks.grid import Scenario
-from conformance.benchmarks.timing import median
+from conformance.benchmarks.timing import Clock, median
 
 _FP32 = 4
 _SQUARE = 1024
@@ -73,6 +73,7 @@ class Rates:
     """What this machine reaches: bytes a second on so large a working set, flops a second by dtype."""
 
     device: torch.device
+    clock: Clock = time.perf_counter
     bandwidths: dict[int, float] = field(default_factory=dict)
     matmuls: dict[str, float] = field(default_factory=dict)
 
@@ -108,9 +109,9 @@ class Rates:
         for _ in range(repeats + 1):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            start = time.perf_counter()
+            start = self.clock()
             call()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - start)
+            times.append(self.clock() - start)
         return median(sorted(times[1:])[: repeats // 2 + 1])

@@ -1,4 +1,7 @@
-"""PEFT's LoRA layers over bitsandbytes: no port, but what users would pick instead."""
+"""PEFT's LoRA layers over bitsandbytes: no port, but what users would pick instead.
+
+Adapters are cast to fp32 by PEFT's own function, as `get_peft_model` does by default.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import peft
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
 __version__ = peft.__version__
@@ -21,6 +25,8 @@ def lora_layer(
     layer: Any = layers[kind](base_layer, names[0], config, r=r, lora_alpha=r)
     for name in names[1:]:
         layer.update_layer(name, r, lora_alpha=r, config=config)
+    for name in names:
+        cast_adapter_dtype(layer, name)
     layer.set_adapter(list(names))
     found: nn.Module = layer
     return found
