@@ -82,6 +82,8 @@ ANSWER = pytest.StashKey[Answer]()
 _SHOULD = "a SHOULD clause"
 # A first compilation takes about 20 s on an idle machine; a hang is rare, and a false one is worse.
 PATIENCE = 120.0
+# Measured, not judged, and only for those who name the folder: see its own conftest.
+_BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -153,6 +155,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if identifier not in clauses():
             raise pytest.UsageError(f"--clause {identifier}: SPEC.md has no such clause.")
     fp32_products_in_fp32()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path == _BENCHMARKS and not any(_benchmarks(config)) else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -302,6 +308,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 def pytest_report_header(config: pytest.Config) -> str:
     state = config.stash[SESSION]
+    if not state.ports:
+        return ""
     return (
         f"conformance: {', '.join(state.ports)}; specification {spec_version()}, "
         f"profile {state.profile.name}, seed {state.seed}, {device_name(state.device)}"
@@ -384,10 +392,12 @@ def _port_specs(config: pytest.Config) -> list[str]:
 
 
 def _ports(config: pytest.Config, device: torch.device) -> dict[str, Host]:
-    """Where each port lives; nothing is started yet."""
+    """Where each port lives; nothing is started yet. None if only benchmarks are asked for."""
     if not config.getoption("--patience") > 0:
         patience = config.getoption("--patience")
         raise pytest.UsageError(f"--patience must be more than 0 seconds, got {patience:g}.")
+    if all(_benchmarks(config)):
+        return {}
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     own_device = device_of_worker(device, worker, torch.cuda.device_count())
     kept_in = SameProcess if config.getoption("--in-process") else Warden
@@ -413,6 +423,13 @@ def _hosts(config: pytest.Config) -> list[tuple[str, Host]]:
     # pytest calls its last hooks although the command line was refused, and there is no session.
     state = config.stash.get(SESSION, None)
     return list(state.ports.items()) if state else []
+
+
+def _benchmarks(config: pytest.Config) -> list[bool]:
+    """For each argument of the command line, whether it is in the folder of benchmarks."""
+    here = config.invocation_params.dir
+    paths = [(here / argument.partition("::")[0]).resolve() for argument in config.args]
+    return [path.is_relative_to(_BENCHMARKS) for path in paths]
 
 
 def _introductions(config: pytest.Config) -> None:

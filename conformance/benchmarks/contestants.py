@@ -17,7 +17,6 @@ from conformance.benchmarks.results import Role
 from conformance.case import ADAPTER_NAMES
 from conformance.port import Port, PortError, load_port
 
-
 PEFT_PORT = "conformance.ports.peft"
 ADALORA, LORA = "PEFT AdaLoRA", "PEFT LoRA"
 FULL = "(none masked)"
@@ -78,7 +77,9 @@ def beside_unmasked(contestants: Sequence[Contestant]) -> list[Contestant]:
     for c in contestants:
         found.append(c)
         if c.role in ("port", "adalora"):
-            found.append(Contestant(f"{c.name} {FULL}", c.role, c.version, _unmasked(c), c.provides))
+            found.append(
+                Contestant(f"{c.name} {FULL}", c.role, c.version, _unmasked(c), c.provides)
+            )
     return found
 
 

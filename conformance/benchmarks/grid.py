@@ -57,9 +57,7 @@ class Scenario:
         ]
         told += [f"dropout{self.dropout:g}"] if self.dropout else []
         told += [f"{self.adapters}adapters"] if self.adapters > 1 else []
-        told += [
-            name for name in ("checkpoint", "masked", "repack") if asdict(self)[name]
-        ]
+        told += [name for name in ("checkpoint", "masked", "repack") if asdict(self)[name]]
         return "-".join(told)
 
     @property
@@ -90,9 +88,7 @@ def default_grid() -> tuple[Scenario, ...]:
     for dtype in halves_and_full:
         for size, tokens in ((1024, 512), (1024, 2048), (2048, 512), (4096, 512)):
             found.append(_square(size, dtype=dtype, tokens=tokens))
-        found += [
-            Scenario(dtype=dtype, tokens=tokens, dropout=0.1) for tokens in (512, 2048)
-        ]
+        found += [Scenario(dtype=dtype, tokens=tokens, dropout=0.1) for tokens in (512, 2048)]
         found += [Scenario(dtype=dtype, tokens=2048, rank=64, masked=m) for m in (False, True)]
         found += [
             _square(size, dtype=dtype, tokens=tokens, mode="forward")
@@ -155,9 +151,11 @@ def narrowed(grid: Iterable[Scenario], wanted: Sequence[str]) -> tuple[Scenario,
 
 
 def _read(name: str, value: str) -> Any:
-    types = {f.name: type(f.default) for f in fields(Scenario)}
+    types: dict[str, type] = {f.name: type(f.default) for f in fields(Scenario)}
     if name not in types or not value:
-        raise ValueError(f"`{name}={value}`: give FIELD=VALUE, with FIELD one of {', '.join(types)}.")
+        raise ValueError(
+            f"`{name}={value}`: give FIELD=VALUE, with FIELD one of {', '.join(types)}."
+        )
     if types[name] is bool:
         if value not in ("yes", "no"):
             raise ValueError(f"`{name}={value}`: `{name}` is yes or no.")
@@ -170,4 +168,3 @@ def _read(name: str, value: str) -> Any:
 
 def _square(size: int, **given: Any) -> Scenario:
     return Scenario(in_features=size, out_features=size, **given)
-

@@ -103,6 +103,14 @@ class Rates:
             self.matmuls[name] = 2 * size**3 / self._fastest(lambda: a @ a)
         return self.matmuls[name]
 
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """What was measured: bytes a second by the working set's bytes, flops a second by dtype."""
+        sizes = sorted(self.bandwidths)
+        return {
+            "bandwidth": {str(size): self.bandwidths[size] for size in sizes},
+            "matmul": dict(self.matmuls),
+        }
+
     def _fastest(self, call: Callable[[], object], repeats: int = 9) -> float:
         """The lower quartile of a few, after one: a limit is what can be reached."""
         times = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,15 @@ class Patience:
     least_rounds: int = 9
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A scenario's record, the seconds behind it by contestant, and who raised an error."""
+
+    record: Record
+    times: Mapping[str, list[float]]
+    failed: frozenset[str]
+
+
 class Subject:
     """A contestant's layer with its input, ready to be run."""
 
@@ -55,7 +64,7 @@ class Subject:
             with torch.no_grad():
                 self.forward(self.x)
             return
-        y = self.forward(self.leaf())
+        y: Any = self.forward(self.leaf())
         if self.dy.dtype != y.dtype:
             self.dy = self.dy.to(y.dtype)
         y.backward(self.dy)
@@ -92,7 +101,7 @@ def measure(
     contestants: Sequence[Contestant],
     rates: Rates,
     patience: Patience,
-) -> Record:
+) -> Measured:
     """What each contestant takes and keeps; one that cannot be built or run is left out, with the reason.
 
     Args:
@@ -101,17 +110,19 @@ def measure(
         rates: of the machine, for the limit; its clock is the one that is used.
         patience: how long.
     """
-    left_out: dict[str, str] = {}
-    if (needed := _memory_needed(scenario)) > _memory_free(rates.device):
-        reason = f"needs about {needed / 2**30:.1f} GiB"
-        return _record(scenario, {}, {}, {}, rates, 0, {c.name: reason for c in contestants})
+    entered = beside_unmasked(contestants) if scenario.masked else list(contestants)
+    needed, free = _memory_needed(scenario), _memory_free(rates.device)
+    if needed > free:
+        reason = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return Measured(
+            _record(scenario, left_out={c.name: reason for c in entered}), {}, frozenset()
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say to their users is not measured here
-        subjects = _subjects(scenario, contestants, rates.device, left_out)
-        base = subjects.get("base")
-        if base is None:
-            return _record(scenario, {}, {}, {}, rates, 0, left_out)
-        calls = calls_for(base.step, rates.device, rates.clock)
+        subjects, left_out, failed = _subjects(scenario, entered, rates.device)
+        if "base" not in subjects:
+            return Measured(_record(scenario, left_out=left_out), {}, failed)
+        calls = calls_for(subjects["base"].step, rates.device, rates.clock)
         times = interleaved(
             {name: subject.step for name, subject in subjects.items()},
             seconds=patience.seconds,
@@ -120,24 +131,31 @@ def measure(
             calls=calls,
             clock=rates.clock,
         )
-        memory = {
-            name: (subject.saved_bytes(), peak_bytes(subject.step, rates.device))
-            for name, subject in subjects.items()
-        }
-    by_name = {c.name: c for c in beside_unmasked(contestants)}
-    return _record(scenario, by_name, times, memory, rates, calls, left_out)
+        limit = rates.seconds(least_work(scenario), scenario.product_dtype)
+        entries = [
+            _entry(c, subjects[c.name], times, entered, limit, rates.device)
+            for c in entered
+            if c.name in subjects
+        ]
+    record = _record(
+        scenario,
+        rounds=len(times["base"]),
+        calls=calls,
+        limit_seconds=limit,
+        entries=tuple(entries),
+        left_out=left_out,
+    )
+    return Measured(record, times, failed)
 
 
 def _subjects(
-    scenario: Scenario,
-    contestants: Sequence[Contestant],
-    device: torch.device,
-    left_out: dict[str, str],
-) -> dict[str, Subject]:
-    """Those that run: each has done one step."""
-    entered = beside_unmasked(contestants) if scenario.masked else contestants
+    scenario: Scenario, entered: Sequence[Contestant], device: torch.device
+) -> tuple[dict[str, Subject], dict[str, str], frozenset[str]]:
+    """Those that run, each after one step; why the others do not; and which of these by an error."""
     base = make_base(scenario, device)
     subjects: dict[str, Subject] = {}
+    left_out: dict[str, str] = {}
+    failed = set()
     for contestant in entered:
         if not contestant.provides(scenario):
             left_out[contestant.name] = "not provided"
@@ -149,61 +167,50 @@ def _subjects(
         except Exception as error:  # a contestant's error is its own, and is told
             first = str(error).partition("\n")[0]
             left_out[contestant.name] = f"{type(error).__name__}: {first}"
+            failed.add(contestant.name)
             continue
         subjects[contestant.name] = subject
-    return subjects
+    return subjects, left_out, frozenset(failed)
 
 
-def _record(
-    scenario: Scenario,
-    contestants: dict[str, Contestant],
-    times: dict[str, list[float]],
-    memory: dict[str, tuple[int | None, int]],
-    rates: Rates,
-    calls: int,
-    left_out: dict[str, str],
-) -> Record:
+def _record(scenario: Scenario, **found: Any) -> Record:
     work = least_work(scenario)
-    limit = rates.seconds(work, scenario.product_dtype) if times else 0.0
-    base = times.get("base", [])
-    entries = []
-    for name, taken in times.items():
-        others = [other for other in times if _is_compared(name, other, contestants)]
-        entries.append(
-            Entry(
-                contestant=name,
-                role=contestants[name].role,
-                version=contestants[name].version,
-                seconds=median(taken),
-                quartiles=quartiles(taken),
-                time_over_base=median(taken) / median(base),
-                overhead_over={
-                    other: ratio_of_overheads(taken, times[other], base) for other in others
-                },
-                saved_bytes=memory[name][0],
-                peak_bytes=memory[name][1],
-                share_of_limit=(median(base) + (limit if name != "base" else 0.0)) / median(taken),
-            )
-        )
-    return Record(
-        scenario=scenario,
-        rounds=len(base),
-        calls=calls,
-        limit_bytes=work.bytes,
-        limit_flops=work.flops,
-        limit_seconds=limit,
-        entries=tuple(entries),
-        left_out=left_out,
+    empty = {"rounds": 0, "calls": 0, "limit_seconds": 0.0, "entries": ()}
+    return Record(scenario, limit_bytes=work.bytes, limit_flops=work.flops, **{**empty, **found})
+
+
+def _entry(
+    contestant: Contestant,
+    subject: Subject,
+    times: Mapping[str, list[float]],
+    entered: Sequence[Contestant],
+    limit: float,
+    device: torch.device,
+) -> Entry:
+    mine, base = times[contestant.name], times["base"]
+    others = [c.name for c in entered if c.name in times and _is_compared(contestant, c)]
+    least = median(base) + (0.0 if contestant.role == "base" else limit)
+    return Entry(
+        contestant=contestant.name,
+        role=contestant.role,
+        version=contestant.version,
+        seconds=median(mine),
+        quartiles=quartiles(mine),
+        time_over_base=median(mine) / median(base),
+        overhead_over={other: ratio_of_overheads(mine, times[other], base) for other in others},
+        saved_bytes=subject.saved_bytes(),
+        peak_bytes=peak_bytes(subject.step, device),
+        share_of_limit=least / median(mine),
     )
 
 
-def _is_compared(name: str, other: str, contestants: dict[str, Contestant]) -> bool:
+def _is_compared(contestant: Contestant, other: Contestant) -> bool:
     """With PEFT's layers, and a masked layer with itself in full."""
-    if "base" in (name, other) or name == other:
+    if contestant.role == "base" or other.role == "base" or contestant.name == other.name:
         return False
-    if other == f"{name} {FULL}":
-        return True
-    return contestants[other].role in ("adalora", "lora") and not other.endswith(FULL)
+    if other.name.endswith(FULL):
+        return other.name == f"{contestant.name} {FULL}"
+    return other.role in ("adalora", "lora")
 
 
 def _held_by(layer: nn.Module) -> list[Tensor]:
@@ -221,7 +228,9 @@ def _held_by(layer: nn.Module) -> list[Tensor]:
 
 def _memory_needed(s: Scenario) -> int:
     """A generous guess: fp32 weights while they are quantised, and a dozen fp32 copies of x and y."""
-    return 4 * (3 * s.in_features * s.out_features + 12 * s.tokens * (s.in_features + s.out_features))
+    return 4 * (
+        3 * s.in_features * s.out_features + 12 * s.tokens * (s.in_features + s.out_features)
+    )
 
 
 def _memory_free(device: torch.device) -> int:
@@ -231,5 +240,3 @@ def _memory_free(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not told on every system
         return 2**63
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,5 +66,5 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 def _memory_events(profiled: profile) -> list[tuple[int, int]]:
     """When, and how many bytes: negative ones were freed."""
-    results = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profiled.profiler.kineto_results if profiled.profiler else None
     return [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == _MEMORY_EVENT]

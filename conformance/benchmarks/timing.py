@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,8 @@ def _round(
 
 def _on_cuda(step: Step, calls: int) -> float:
     """Seconds of a call between two events of the stream: what the host does beside is not waited for."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
     start.record()
     for _ in range(calls):
         step()
@@ -92,7 +94,7 @@ def _on_cuda(step: Step, calls: int) -> float:
     return float(start.elapsed_time(end)) / 1000.0 / calls
 
 
-def calls_for(step: Step, device: torch.device, clock: Clock, enough: float = 2e-3) -> int:
+def calls_for(step: Step, device: torch.device, clock: Clock, enough: float = 5e-3) -> int:
     """How many calls take so many seconds, at least one: a turn that is over sooner is all noise."""
     taken = []
     for _ in range(4):
