@@ -292,7 +292,7 @@ def entry(name: str, role: str, seconds: float, saved: int, **over: float) -> En
         overhead_over={k.replace("_", " "): Ratio(v, v / 2, v * 2) for k, v in over.items()},
         saved_bytes=saved,
         peak_bytes=100,
-        share_of_limit=1.1 / seconds,
+        share_of_limit=0.5,
     )
 
 

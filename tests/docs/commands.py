@@ -15,6 +15,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from conformance.benchmarks.conftest import pytest_addoption as benchmarks_addoption
 from conformance.case import Case
 from conformance.conftest import pytest_addoption
 from conformance.spec import clauses
@@ -100,6 +101,7 @@ def check_pytest(arguments: list[str]) -> None:
     parser.add_argument("--pdb", action="store_true")
     parser.add_argument("--junitxml")
     pytest_addoption(parser)  # type: ignore[arg-type]
+    benchmarks_addoption(parser)  # type: ignore[arg-type]
     options = parser.parse_intermixed_args(arguments)
     for path in options.paths:
         if not (ROOT / path).exists():
