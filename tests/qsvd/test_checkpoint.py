@@ -59,7 +59,10 @@ def x() -> Tensor:
 
 
 def peft_model(
-    kind: Kind, settings: AdaLoraConfig | None = None, folder: Path | None = None
+    kind: Kind,
+    settings: AdaLoraConfig | None = None,
+    folder: Path | None = None,
+    adapter_name: str = "default",
 ) -> Any:
     """A PEFT model over the same base model: new from a configuration, or loaded from a folder."""
     import peft
@@ -72,11 +75,11 @@ def peft_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if folder is not None:
-            return peft.PeftModel.from_pretrained(base, str(folder))
+            return peft.PeftModel.from_pretrained(base, str(folder), adapter_name)
         assert settings is not None
         fields = {k: v for k, v in settings.to_dict().items() if v is not None and k != "peft_type"}
         fields["target_modules"] = list(fields["target_modules"])
-        return peft.get_peft_model(base, peft.AdaLoraConfig(**fields))
+        return peft.get_peft_model(base, peft.AdaLoraConfig(**fields), adapter_name)
 
 
 def assert_same_output(ours: nn.Module, theirs: nn.Module) -> None:
