@@ -22,12 +22,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsvd._dropout import unpacked
 from qsvd._products import better_wide, expand, times, wide_blocks
 
 Gradients = tuple[Tensor | None, ...]
+
+# With fewer, choosing some of them takes as long as they do.
+_MANY_RANKS = 8
 
 
 def add_adapter(
@@ -71,6 +74,8 @@ class _AddAdapter(torch.autograd.Function):
     def forward(
         base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor, mask: Tensor | None
     ) -> Tensor:
+        if (live := _live_ranks(E, x)) is not None:
+            A, E, B = A[live], E[live], B[:, live]
         Q = A * (E * c)  # rank, in
         if mask is not None:
             x = x * unpacked(mask, *x.shape)
@@ -104,24 +109,45 @@ class _AddAdapter(torch.autograd.Function):
         with _without_autocast(dy.device):
             Ec = E * c  # rank, 1
             Q = A * Ec  # rank, in
+            # A second derivative needs the products that are zero in the first.
+            live = None if torch.is_grad_enabled() else _live_ranks(E, dy)
+            if live is not None:
+                Q = Q[live]
             for dy_i, *factors in wide_blocks(*rows):
                 if needs_x or needs_Q:
-                    P.append(times(BT, dy_i.T))  # rank, block
+                    P_i = times(BT, dy_i.T)  # rank, block; of all ranks, for dE is not zero
+                    P.append(P_i if live is None else P_i[live])
                 if needs_Q or needs_B:
                     x_i = factors[0] if keep is None else factors[0] * factors[1]  # block, in
                 if needs_Q:
-                    dQ = _sum(dQ, times(P[-1], x_i))  # rank, in
+                    dQ = _sum(dQ, times(P_i, x_i))  # rank, in
                 if needs_B:
-                    h_i = times(Q, x_i.T)  # rank, block
-                    dBT = _sum(dBT, times(h_i, dy_i))  # rank, out
+                    h_i = times(Q, x_i.T)  # live rank, block
+                    dBT = _sum(dBT, times(h_i, dy_i))  # live rank, out
             if needs_x:
                 dx = expand(_side_by_side(P), Q, ctx.x_dtype)  # n, in
                 if keep is not None:
                     dx = dx * keep if torch.is_grad_enabled() else dx.mul_(keep)
             dA = dQ * Ec if dQ is not None and needs_A else None
             dE = (dQ * A).sum(1, keepdim=True) * c if dQ is not None and needs_E else None
+            if dBT is not None and live is not None:
+                dBT = torch.zeros_like(BT).index_copy_(0, live, dBT)
         dB = None if dBT is None else dBT.T
         return dy if needs_base else None, dx, dA, dE, dB, None, None
+
+
+def _live_ranks(E: Tensor, rows: Tensor) -> Tensor | None:
+    """The ranks that are not masked, where it pays to leave out the others; None for all ranks.
+
+    A masked triplet (E_i = 0) adds nothing to y, dx, dA and dB; dE_i alone need not be zero. Only a
+    CPU's values are at hand: a GPU would have to be waited for, and a compiler sees none.
+    """
+    if E.device.type != "cpu" or E.numel() < _MANY_RANKS or better_wide(rows):
+        return None
+    if torch.compiler.is_compiling() or type(E) not in (Tensor, nn.Parameter):
+        return None
+    live = E.detach().flatten().nonzero().flatten()
+    return live if 4 * live.numel() <= 3 * E.numel() else None
 
 
 def _rows(t: Tensor) -> Tensor:

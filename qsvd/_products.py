@@ -79,7 +79,13 @@ def _expand(S: Tensor, R: Tensor, onto: Tensor | None) -> Tensor:
 
 
 def _steps(n: int, width: int) -> Iterator[slice]:
-    """n rows of a matrix of some width in blocks; one empty block for n = 0."""
+    """n rows of a matrix of some width in blocks; one empty block for n = 0.
+
+    Compiled, it is one block: a loop would fix n, and compile again for each other one.
+    """
+    if torch.compiler.is_compiling():
+        yield slice(0, n)
+        return
     step = max(1, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, max(1, n), step):
         yield slice(start, start + step)

@@ -121,14 +121,3 @@ def test_a_dropped_infinity_is_not_hidden():
     x = torch.full((4, 64), float("inf"))
 
     assert adapted(x).isnan().all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_dropout_it_compiles_without_graph_breaks(kind):
-    adapted = randomised(layer(kind, lora_dropout=0.5))
-    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
-    x = torch.randn(7, 64, requires_grad=True)
-    compiled(x).sum().backward()
-
-    assert x.grad.isfinite().all()
-    assert all(getattr(adapted, p)["default"].grad.isfinite().all() for p in PARAMETERS)

@@ -1,4 +1,4 @@
-"""Checkpointing, compiling and torch.func see the same layer as everyone."""
+"""Checkpointing, torch.func, copies and graphs that are kept see the same layer as everyone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.qsvd.build import DTYPES, KINDS, PARAMETERS, gradients, layer, randomised
+from tests.qsvd.build import KINDS, PARAMETERS, gradients, layer, randomised
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,18 +26,32 @@ def test_checkpointing_gives_the_same_bits(kind, reentrant):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_without_graph_breaks_it_gives_the_same_bits(kind, dtype):
-    adapted = randomised(layer(kind))
-    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
-    x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 32).to(dtype)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(kind, dropout):
+    adapted = randomised(layer(kind, lora_dropout=dropout))
+    x, dy = torch.randn(40, 64, requires_grad=True), torch.randn(40, 32)
+    y = adapted(x)
+    inputs = [x, *(getattr(adapted, p)["default"] for p in PARAMETERS)]
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, dy)
+
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cuda_graph_replays_forward_and_backward(kind):
+    adapted = randomised(layer(kind)).cuda()
+    x, dy = torch.randn(40, 64, device="cuda"), torch.randn(40, 32, device="cuda")
     dx, want = gradients(adapted, x, dy)
     adapted.zero_grad()
-    x = x.requires_grad_(True)
-    compiled(x).backward(dy)
+    replayed = torch.cuda.make_graphed_callables(adapted, (x.clone().requires_grad_(True),))
+    leaf = x.clone().requires_grad_(True)
+    replayed(leaf).backward(dy)
 
-    assert torch.equal(x.grad, dx)
-    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+    torch.testing.assert_close(leaf.grad, dx)
+    for p in PARAMETERS:
+        torch.testing.assert_close(getattr(adapted, p)["default"].grad, want[p])
 
 
 @pytest.mark.parametrize("kind", KINDS)

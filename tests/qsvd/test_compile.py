@@ -1,0 +1,109 @@
+"""`torch.compile(fullgraph=True)`: one graph, the same bits, and no compilation that is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.qsvd.build import DTYPES, KINDS, PARAMETERS, gradients, layer, randomised
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache() -> Iterator[None]:
+    """All layers share one `forward`, and dynamo keeps eight compilations of a function."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Compiled:
+    """A compiled layer that counts its compilations."""
+
+    def __init__(self, adapted: Any, **options: Any) -> None:
+        # bitsandbytes settles a 4-bit layer's compute dtype in its first call.
+        adapted(torch.randn(1, 64))
+        self.counter = CompileCounterWithBackend("aot_eager")
+        self.layer = torch.compile(adapted, fullgraph=True, backend=self.counter, **options)
+        self.adapted = adapted
+
+    def __call__(self, rows: int) -> None:
+        """A forward and a backward; values and gradients are those of the layer as it is."""
+        x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
+        self.adapted.zero_grad()
+        dx, want = gradients(self.adapted, x, dy)
+        self.adapted.zero_grad()
+        leaf = x.requires_grad_(True)
+        y = self.layer(leaf)
+        y.backward(dy)
+        torch.testing.assert_close(y, self.adapted(x), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(leaf.grad, dx, rtol=1e-5, atol=1e-4)
+        for p in PARAMETERS:
+            got = getattr(self.adapted, p)["default"].grad
+            torch.testing.assert_close(got, want[p], rtol=1e-4, atol=1e-3)
+
+    @property
+    def times(self) -> int:
+        return self.counter.frame_count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_graph_breaks_it_gives_the_same_bits(kind, dtype):
+    adapted = randomised(layer(kind))
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 32).to(dtype)
+    dx, want = gradients(adapted, x, dy)
+    adapted.zero_grad()
+    x = x.requires_grad_(True)
+    compiled(x).backward(dy)
+
+    assert torch.equal(x.grad, dx)
+    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_dropout_there_is_no_graph_break(kind):
+    adapted = randomised(layer(kind, lora_dropout=0.5))
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 64, requires_grad=True)
+    compiled(x).sum().backward()
+
+    assert x.grad.isfinite().all()
+    assert all(getattr(adapted, p)["default"].grad.isfinite().all() for p in PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_numbers_of_rows_are_no_compilation(kind):
+    compiled = Compiled(randomised(layer(kind)), dynamic=True)
+    compiled(40)
+    first = compiled.times
+    for rows in (41, 67, 1000):
+        compiled(rows)
+
+    assert compiled.times == first
+
+
+def test_another_mask_is_no_compilation():
+    adapted = randomised(layer("4bit", r=12))
+    compiled = Compiled(adapted)
+    for live in (range(12), (0, 3), (1,)):
+        with torch.no_grad():
+            adapted.lora_E["default"].zero_()[list(live)] = 1.0
+        compiled(40)
+
+    assert compiled.times == 1
+
+
+def test_a_set_of_active_adapters_is_compiled_once():
+    adapted = layer("4bit")
+    adapted.update_layer("other", 3)
+    compiled = Compiled(randomised(adapted))
+    for active in (["default"], ["default", "other"], ["default"], ["default", "other"]):
+        adapted.set_adapter(active)
+        compiled(40)
+
+    assert compiled.times == 2
