@@ -11,16 +11,26 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.benchmarks.allocators import (
+    BLOCKS,
+    PARTS,
+    SHAPES,
+    AllocatorContestant,
+    allocators_of,
+    measure_allocators,
+)
 from conformance.benchmarks.contestants import Contestant, base_alone, of_peft, of_port
 from conformance.benchmarks.grid import GRIDS, Scenario, narrowed
 from conformance.benchmarks.limit import Rates
 from conformance.benchmarks.machine import description
 from conformance.benchmarks.measuring import Measured, Patience, measure
-from conformance.benchmarks.results import Results, read_results
+from conformance.benchmarks.results import AllocatorRecord, Results, read_results
 from conformance.benchmarks.table import render
 from conformance.benchmarks.timing import CLOCKS
 from conformance.devices import resolve_device
 from conformance.port import DEFAULT_PORT, PortError, load_port
+
+AllocatorTimes = dict[str, dict[str, list[float]]]
 
 
 @dataclass
@@ -33,8 +43,11 @@ class Bench:
     patience: Patience
     target: Path | None
     results: Results
+    allocators: list[AllocatorContestant]
+    blocks: int
     notes: list[str] = field(default_factory=list)
     measured: dict[Scenario, Measured] = field(default_factory=dict)
+    allocated: tuple[AllocatorRecord, AllocatorTimes] | None = None
 
     def measure(self, scenario: Scenario) -> Measured:
         """All contestants at once, at the first question about one of them."""
@@ -43,6 +56,15 @@ class Bench:
             self.measured[scenario] = found
             self.keep(self.results.with_layer(found.record))
         return self.measured[scenario]
+
+    def measure_allocators(self) -> tuple[AllocatorRecord, AllocatorTimes]:
+        """All allocators at once, at the first question about one of them."""
+        if self.allocated is None:
+            self.allocated = measure_allocators(
+                self.allocators, self.rates, self.patience, blocks=self.blocks
+            )
+            self.keep(replace(self.results, allocators=(self.allocated[0],)))
+        return self.allocated
 
     def is_port(self, contestant: str) -> bool:
         return any(c.name == contestant and c.role == "port" for c in self.contestants)
@@ -100,6 +122,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="wall",
         help="cpu: the processor's time, for one thread on a machine that others use too",
     )
+    group.addoption(
+        "--blocks",
+        type=int,
+        default=BLOCKS,
+        help=f"of the model whose ranks are allocated, each of {len(SHAPES)} adapters "
+        f"(default: {BLOCKS})",
+    )
     group.addoption("--results", type=Path, metavar="JSON", help="write the figures there")
     group.addoption(
         "--append", action="store_true", help="keep what --results has of other scenarios"
@@ -132,7 +161,9 @@ def bench_of(option: Any) -> Bench:
         )
     device = resolve_device(option.device)  # refused by the suite's conftest if there is none
     try:
-        ports = [load_port(spec) for spec in option.port or [DEFAULT_PORT]]
+        specs = option.port or [DEFAULT_PORT]
+        ports = [load_port(spec) for spec in specs]
+        allocators = allocators_of(specs)
         scenarios = narrowed(GRIDS[option.grid](), option.only)
     except (PortError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
@@ -157,6 +188,8 @@ def bench_of(option: Any) -> Bench:
         patience=Patience(option.seconds, option.rounds),
         target=option.results,
         results=kept,
+        allocators=allocators,
+        blocks=option.blocks,
         notes=[without_peft] if without_peft else [],
     )
 
@@ -170,6 +203,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for c in bench.contestants
         ]
         metafunc.parametrize(("scenario", "contestant"), turns)
+    if "allocator" in metafunc.fixturenames:
+        asked = [
+            pytest.param(part, a.name, id=f"{part}-{a.name}", marks=_marks(f"allocators: {part}"))
+            for part in PARTS
+            for a in bench.allocators
+        ]
+        metafunc.parametrize(("part", "allocator"), asked)
 
 
 def _marks(group: str) -> pytest.MarkDecorator:
