@@ -29,8 +29,10 @@ def assert_close(outcome: Outcome, plan: Plan, choices: bool = True) -> None:
     A batch's gradient is a sum over its rows. In one process the rows may come in any order, and each
     order rounds otherwise; a run over several processes is one more order. So it may be as far from
     the run in one process as the furthest of 4 shuffled runs, times 8: the largest of four draws may
-    be a lucky one (seen: 3.2 times). Runs that do not talk are 10^5 times as far. Distances are relative to the largest number of a tensor, and the spread is over
-    all tensors of a kind: in a single one no order may have changed a bit.
+    be a lucky one (seen: 3.2 times). Processes that do not talk are 10^7 times as far.
+
+    Distances are relative to the largest number of a tensor, and the spread is over all tensors of a
+    kind: in a single one no order may have changed a bit.
     """
     one = _alone(plan)
     if choices:

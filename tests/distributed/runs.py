@@ -162,3 +162,30 @@ def ddp(plan: Plan, given: str = "wrapped", options: dict[str, Any] | None = Non
     optimizer = optimizer_of(plan, model)
     steps = range(1, plan.steps + 1)
     return train(plan, model, allocator, optimizer, steps, dist.get_rank(), dist.get_world_size())
+
+
+def sharded(model: nn.Module, blocks: bool = True, keep_whole: bool = False, **options: Any) -> None:
+    """`fully_shard` a model over all processes, each of its blocks first, or in one piece.
+
+    `keep_whole` leaves the quantised weights whole on every process.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
+    if keep_whole:
+        options["ignored_params"] = {p for p in model.parameters() if not p.is_floating_point()}
+    for block in model.layers if blocks else ():
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def fsdp2(plan: Plan, options: dict[str, Any] | None = None, allocator_first: bool = False) -> Outcome:
+    """The run of this process under FSDP2."""
+    model = adapted(plan)
+    early = RankAllocator(model, plan.config)
+    sharded(model, **(options or {}))
+    allocator = early if allocator_first else RankAllocator(model, plan.config)
+    optimizer = optimizer_of(plan, model)
+    steps = range(1, plan.steps + 1)
+    return train(plan, model, allocator, optimizer, steps, dist.get_rank(), dist.get_world_size())
