@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_count, check_known_names
 from qsvd._config import AdaLoraConfig
-from qsvd._distributed import Peers, local, placed, reshard, unwrapped, whole
+from qsvd._distributed import Peers, local, placed, reshard, unwrapped
+from qsvd._gathering import gathered, whole
 from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
 from qsvd._layer import SVDLayer
 from qsvd._model import note_pattern
@@ -91,6 +92,7 @@ class RankAllocator:
                 "triplets were chosen: load the allocator's state with `load_state_dict`."
             )
         reshard(self._model)
+        self._place()
         if step < self.schedule.settled:
             self._observe(grad_scale)
         self.budget = self.schedule.budget(step)
@@ -126,10 +128,12 @@ class RankAllocator:
             so that any number of processes may go on; `rank_pattern`; `budget`; `adapter_name`.
             `torch.save` writes it, and `torch.load(..., weights_only=True)` reads it.
         """
+        averages = [*self._means.values(), *self._uncertainties.values()]
+        copies = iter([v.clone() for v in whole(averages)])
         return {
             "adapter_name": self.adapter_name,
-            "means": {k: whole(v).clone() for k, v in self._means.items()},
-            "uncertainties": {k: whole(v).clone() for k, v in self._uncertainties.items()},
+            "means": dict(zip(self._means, copies, strict=False)),
+            "uncertainties": dict(zip(self._uncertainties, copies, strict=True)),
             "rank_pattern": self.rank_pattern,
             "budget": self.budget,
         }
@@ -170,23 +174,25 @@ class RankAllocator:
     def _weights(self) -> dict[str, Tensor]:
         return {f"{n}.{part}": self._part(n, part) for n in self._layers for part in _PARTS}
 
+    def _place(self) -> None:
+        """Shard averages that were loaded before the model was sharded."""
+        weights = self._weights()
+        for averages in (self._means, self._uncertainties):
+            for key, value in averages.items():
+                averages[key] = placed(value, weights[key])
+
     def _observe(self, grad_scale: float) -> None:
         """Move the averages of every weight that has a gradient; of shards, each process its own."""
-        weights = {
-            key: weight for key, weight in self._weights().items() if weight.grad is not None
-        }
+        weights = {k: w for k, w in self._weights().items() if w.grad is not None}
         gradients = [local(w.grad) for w in weights.values() if w.grad is not None]
         # Averaged gradients are the same everywhere; of shards, one may be finite and another not.
         sharing = Peers.of(self._model, weights.values())
         if not gradients or not sharing.all(all_finite(gradients)):
             return
-        for averages in (self._means, self._uncertainties):
-            for key, weight in weights.items():
-                average = averages.get(key)
-                # A state may have been loaded before the model was sharded.
-                averages[key] = (
-                    torch.zeros_like(weight) if average is None else placed(average, weight)
-                )
+        for key, weight in weights.items():
+            if key not in self._means:
+                self._means[key] = torch.zeros_like(weight)
+                self._uncertainties[key] = torch.zeros_like(weight)
         update_averages(
             [local(w) for w in weights.values()],
             gradients,
@@ -198,24 +204,31 @@ class RankAllocator:
         )
 
     def _choose(self) -> None:
-        chosen = most_important([self._score(n) for n in self._layers], self.budget)
+        scores = self._scores()
+        chosen = most_important(scores, self.budget)
         keep = torch.cat([k.cpu() for k in chosen])
         # Every process has computed the same, if its hardware rounds as the others' does.
         keep = Peers.of(self._given, self._weights().values()).of_first(keep)
         parts = torch.split(keep, [len(k) for k in chosen])
         self._keep = {
-            n: part.to(k.device) for n, part, k in zip(self._layers, parts, chosen, strict=True)
+            n: part.to(s.device) for n, part, s in zip(self._layers, parts, scores, strict=True)
         }
         note_pattern(self._model, self.adapter_name, self.rank_pattern or {})
 
-    def _score(self, layer: str) -> Tensor:
-        """S (r,) of one layer; zero while none of its weights was observed."""
-        parts = {f"{layer}.{part}": self._part(layer, part) for part in _PARTS}
-        means, uncertainties = (
-            [averages.get(key, torch.zeros_like(part)) for key, part in parts.items()]
-            for averages in (self._means, self._uncertainties)
+    def _scores(self) -> list[Tensor]:
+        """S (r,) of each layer; zero while none of its weights was observed."""
+        weights = self._weights()
+        importances = gathered(
+            [
+                local(self._means[k]) * local(self._uncertainties[k])
+                if k in self._means
+                else torch.zeros_like(local(w))
+                for k, w in weights.items()
+            ],
+            like=list(weights.values()),
         )
-        return triplet_importance(means, uncertainties)
+        layers = [importances[i : i + len(_PARTS)] for i in range(0, len(weights), len(_PARTS))]
+        return [triplet_importance(a, e, b) for a, e, b in layers]
 
     def _mask(self) -> None:
         assert self._keep is not None

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_known_names, check_new_name
 from qsvd._config import AdaLoraConfig
-from qsvd._distributed import Peers, check_not_distributed, reshard, whole
+from qsvd._distributed import Peers, check_not_distributed, reshard
 from qsvd._files import CONFIG_HASH, config_hash, read_pair, write_pair
+from qsvd._gathering import whole
 from qsvd._layer import SVDLayer
 from qsvd._model import adapted_layers, put_in_place, record_of
 from qsvd._targets import find_targets
@@ -81,7 +82,7 @@ def save_adapter(
     adapted = adapted_layers(model)
     reshard(model)
     peers = Peers.of(model, [layer.lora_E[adapter_name] for layer in adapted.values()])
-    layers = {n: _triplets(m, adapter_name) for n, m in adapted.items()}
+    layers = _triplets(adapted, adapter_name)
     pattern = record.patterns.get(adapter_name) if prune else None
     if pattern is not None:
         layers = {n: t.kept(pattern[f"{n}.lora_E"]) for n, t in layers.items()}
@@ -167,9 +168,11 @@ def _composed(
     return {key: [was and next(later[key]) for was in given[key]] for key in kept}
 
 
-def _triplets(layer: SVDLayer, adapter_name: str) -> Triplets:
-    parts = (p[adapter_name].detach() for p in (layer.lora_A, layer.lora_E, layer.lora_B))
-    return Triplets(*(whole(part).cpu() for part in parts))
+def _triplets(layers: Mapping[str, SVDLayer], adapter_name: str) -> dict[str, Triplets]:
+    """Of each layer its own, whole: asked of all processes that hold shards of them."""
+    parts = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_E, layer.lora_B)]
+    tensors = iter([t.cpu() for t in whole([p[adapter_name].detach() for p in parts])])
+    return {name: Triplets(next(tensors), next(tensors), next(tensors)) for name in layers}
 
 
 def _install(layer: SVDLayer, adapter_name: str, triplets: Triplets, config: AdaLoraConfig) -> None:

@@ -2,7 +2,7 @@
 
 Under DistributedDataParallel every process holds every parameter, behind a wrapper. `fully_shard` (FSDP2)
 wraps nothing: it makes each parameter a DTensor, of which a process holds some rows, except while its
-module computes. Elementwise work is done on those rows; `whole` gathers them where a sum needs them all.
+module computes. Elementwise work is done on those rows; `qsvd._gathering` has the rest.
 """
 
 from __future__ import annotations
@@ -133,11 +133,6 @@ def is_shard(t: Tensor) -> bool:
 def local(t: Tensor) -> Tensor:
     """The rows that this process holds, to be written to; all of a tensor that is no shard."""
     return t.to_local() if is_shard(t) else t  # type: ignore[attr-defined]
-
-
-def whole(t: Tensor) -> Tensor:
-    """All rows, gathered from the processes, which must all ask; with a gradient."""
-    return t.full_tensor() if is_shard(t) else t  # type: ignore[attr-defined]
 
 
 def placed(t: Tensor, like: Tensor) -> Tensor:

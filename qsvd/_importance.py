@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qsvd._distributed import whole
-
 # Products of one chunk, held for a moment: in a core's cache on a CPU, one launch on a GPU.
 _CHUNK = {"cpu": 2**16, "cuda": 2**24}
 
@@ -59,9 +57,8 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     return bool(torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all())
 
 
-def triplet_importance(means: Sequence[Tensor], uncertainties: Sequence[Tensor]) -> Tensor:
-    """S (r,) of one layer's triplets, from the averages of its A (r, in), E (r, 1), B (out, r)."""
-    a, e, b = (whole(mean * unc) for mean, unc in zip(means, uncertainties, strict=True))
+def triplet_importance(a: Tensor, e: Tensor, b: Tensor) -> Tensor:
+    """S (r,) of one layer's triplets, from s of its A (r, in), E (r, 1), B (out, r)."""
     return e[:, 0] + a.mean(dim=1) + b.mean(dim=0)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd._checks import check_known_names
-from qsvd._distributed import whole
+from qsvd._gathering import whole
 from qsvd._layer import SVDLayer
 
 
@@ -40,9 +40,8 @@ def _factors(model: nn.Module, adapter_name: str) -> list[Tensor]:
     known = {name for layer in layers for name in layer.lora_A}
     check_known_names([adapter_name], known)
     mine = [layer for layer in layers if adapter_name in layer.lora_A]
-    return [
-        f for m in mine for f in (whole(m.lora_A[adapter_name]), whole(m.lora_B[adapter_name]).T)
-    ]
+    factors = whole([p[adapter_name] for m in mine for p in (m.lora_A, m.lora_B)])
+    return [f.T if i % 2 else f for i, f in enumerate(factors)]
 
 
 def _distance(factor: Tensor) -> Tensor:

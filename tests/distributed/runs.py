@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsvd
 from qsvd import AdaLoraConfig, RankAllocator
-from qsvd._distributed import whole
+from qsvd._gathering import whole
 from tests.qsvd.build import Kind
 from tests.qsvd.models import WIDTH, stack
 
@@ -95,20 +98,12 @@ def optimizer_of(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's weights, whole: asked of all processes."""
-    return {
-        f"{name}.{part}": whole(getattr(layer, part)["default"].detach()).clone()
+    weights = {
+        f"{name}.{part}": getattr(layer, part)["default"].detach()
         for name, layer in qsvd.adapted_layers(model).items()
         for part in PARTS
     }
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Of the adapter's weights, whole: asked of all processes."""
-    return {
-        f"{name}.{part}": whole(getattr(layer, part)["default"].grad).clone()
-        for name, layer in qsvd.adapted_layers(model).items()
-        for part in PARTS
-    }
+    return {n: w.clone() for n, w in zip(weights, whole(list(weights.values())), strict=True)}
 
 
 def train(
@@ -164,23 +159,35 @@ def ddp(plan: Plan, given: str = "wrapped", options: dict[str, Any] | None = Non
     return train(plan, model, allocator, optimizer, steps, dist.get_rank(), dist.get_world_size())
 
 
-def sharded(model: nn.Module, blocks: bool = True, keep_whole: bool = False, **options: Any) -> None:
+def sharded(
+    model: nn.Module,
+    blocks: bool = True,
+    keep_whole: bool = False,
+    hybrid: bool = False,
+    columns: bool = False,
+    **options: Any,
+) -> None:
     """`fully_shard` a model over all processes, each of its blocks first, or in one piece.
 
-    `keep_whole` leaves the quantised weights whole on every process.
+    keep_whole: the quantised weights are left whole on every process. hybrid: over two of four
+    processes, twice. columns: A is split the other way.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
+    shape = (2, 2) if hybrid else (dist.get_world_size(),)
+    names = ("replicate", "shard")[-len(shape) :]
+    options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=names)
     if keep_whole:
         options["ignored_params"] = {p for p in model.parameters() if not p.is_floating_point()}
+    if columns:
+        As = {layer.lora_A["default"] for layer in qsvd.adapted_layers(model).values()}
+        options["shard_placement_fn"] = lambda p: Shard(int(p in As))
     for block in model.layers if blocks else ():
         fully_shard(block, **options)
     fully_shard(model, **options)
 
 
-def fsdp2(plan: Plan, options: dict[str, Any] | None = None, allocator_first: bool = False) -> Outcome:
+def fsdp2(
+    plan: Plan, options: dict[str, Any] | None = None, allocator_first: bool = False
+) -> Outcome:
     """The run of this process under FSDP2."""
     model = adapted(plan)
     early = RankAllocator(model, plan.config)
