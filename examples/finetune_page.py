@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from code_search import ROOT
 from finetune_runs import BATCH, ENGINES, MEMORY_STEPS, Run, measure, read_run
@@ -33,11 +33,21 @@ NAMES = {"qsvd": "`qsvd`", "peft": "PEFT", "accelerated": "PEFT, `accelerate`d"}
 def write_page(folder: Path, docs: Path) -> None:
     """Write finetune.md and its two plots into `docs`."""
     memory = {e: read_run(folder / f"memory-{e}.json").memory_mib for e in ENGINES}
-    runs = {e: [read_run(p) for p in sorted(folder.glob(f"run-{e}-*.json"))] for e in ENGINES}
+    times = {e: read_run(folder / f"time-{e}.json").history.cpu_seconds for e in ENGINES}
+    runs = read_runs(folder)
     plot_ranks(runs["qsvd"][0].history, docs / "finetune-ranks.svg")
     plot_losses(runs, docs / "finetune-loss.svg")
-    text = "\n".join([*lesson(runs["qsvd"]), *comparison(runs, memory), *noise(runs)]) + "\n"
+    text = (
+        "\n".join([*lesson(runs["qsvd"][0]), *comparison(runs, times, memory), *noise(runs)]) + "\n"
+    )
     (docs / "finetune.md").write_text(text, encoding="utf-8")
+
+
+def read_runs(folder: Path) -> dict[str, list[Run]]:
+    """The whole runs of each engine that has any, from as many seeds as all of these have."""
+    files = {e: sorted(folder.glob(f"run-{e}-*.json")) for e in ENGINES}
+    seeds = min(len(paths) for paths in files.values() if paths)
+    return {e: [read_run(p) for p in paths[:seeds]] for e, paths in files.items() if paths}
 
 
 def plot_losses(runs: Mapping[str, Sequence[Run]], path: Path) -> None:
@@ -60,14 +70,14 @@ def averaged(history: History) -> tuple[Sequence[int], Sequence[float]]:
     return steps, [fmean(history.losses[step - WINDOW : step]) for step in steps]
 
 
-def lesson(runs: Sequence[Run]) -> Iterator[str]:
+def lesson(run: Run) -> Iterator[str]:
     """What the example did, from the first values that it draws itself."""
-    run, history = runs[0], runs[0].history
+    history = run.history
     first, last = history.ranks[0], history.ranks[-1]
     found = f"{history.recall_before:.0%} first before, and {history.recall_after:.0%} after"
     kept = f"{min(last.values())} to {max(last.values())} in a layer"
     before, after = history.mean_loss(WINDOW), history.mean_loss(-WINDOW)
-    minutes = seconds_a_step(runs) * len(history.losses) / 60
+    minutes = sum(history.cpu_seconds) / 60
     packages = ("torch", "bitsandbytes", "peft", "transformers")
     yield f"""\
 # A real encoder, fine-tuned in 4-bit
@@ -99,34 +109,35 @@ their ranks to others.
     yield ""
 
 
-def seconds_a_step(runs: Sequence[Run]) -> float:
-    """CPU time: of each step the least that a seed took for it, as they all have the same texts."""
-    steps = zip(*(run.history.cpu_seconds for run in runs), strict=True)
-    return fmean(min(step) for step in steps)
-
-
-def comparison(runs: Mapping[str, Sequence[Run]], memory: Mapping[str, float]) -> Iterator[str]:
+def comparison(
+    runs: Mapping[str, Sequence[Run]],
+    times: Mapping[str, Sequence[float]],
+    memory: Mapping[str, float],
+) -> Iterator[str]:
     """The same runs by each engine."""
     yield f"""\
 ## PEFT beside it
 
 [examples/finetune_with_peft.py](../examples/finetune_with_peft.py) is the same run with PEFT, from the
-same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's do. Each ran from the
-first values of {len(runs["qsvd"])} seeds, on the same texts in the same order.
+same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's do.
 
-| | last loss, {WINDOW} steps | recall, held out | CPU seconds a step | memory of a step |
-|---|---:|---:|---:|---:|"""
+| | last loss, {WINDOW} steps | recall, held out | CPU seconds a step | of `qsvd`'s | memory |
+|---|---:|---:|---:|---:|---:|"""
     for engine, name in NAMES.items():
-        loss = fmean(run.history.mean_loss(-WINDOW) for run in runs[engine])
-        recall = fmean(run.history.recall_after for run in runs[engine])
-        seconds = seconds_a_step(runs[engine])
-        yield (f"| {name} | {loss:.4f} | {recall:.3f} | {seconds:.2f} | {memory[engine]:.0f} MiB |")
+        learnt = "| |"
+        if engine in runs:
+            loss = fmean(run.history.mean_loss(-WINDOW) for run in runs[engine])
+            recall = fmean(run.history.recall_after for run in runs[engine])
+            learnt = f"| {loss:.4f} | {recall:.3f} |"
+        ratio = median(a / b for a, b in zip(times[engine], times["qsvd"], strict=True))
+        seconds = f"{median(times[engine]):.2f} | {ratio:.2f}"
+        yield f"| {name} {learnt} {seconds} | {memory[engine]:.0f} MiB |"
     yield f"""
-Loss and recall are means over the seeds. Time is what the process itself took of the CPU; of each step the
-least of the seeds counts, since other work on the machine slows a process down as well. Memory is
-the peak of the resident size in {MEMORY_STEPS} steps, above what it was before the adapters were made.
-The model computes in fp32, where PEFT has no need of the fp32 copies of inputs that it makes in
-bf16 and fp16."""
+Loss and recall are means over the first values of {len(runs["qsvd"])} seeds, on the same texts in the
+same order. Time is what a process itself took of the CPU, the median of {len(times["qsvd"])} steps; the
+engines took them in turns, and the ratio is the median of the steps' ratios. Memory is the peak of the
+resident size in {MEMORY_STEPS} steps, above what it was before the adapters were made. The model
+computes in fp32, where PEFT has no need of the fp32 copies of inputs that it makes in bf16 and fp16."""
 
 
 def noise(runs: Mapping[str, Sequence[Run]]) -> Iterator[str]:
@@ -139,8 +150,10 @@ def noise(runs: Mapping[str, Sequence[Run]]) -> Iterator[str]:
 
 | compared | largest difference of a step's loss | steps in which a layer's rank differs |
 |---|---:|---:|"""
-    for engine in ("peft", "accelerated"):
-        apart = [differences(a.history, b.history) for a, b in zip(ours, runs[engine], strict=True)]
+    for engine, theirs in runs.items():
+        if engine == "qsvd":
+            continue
+        apart = [differences(a.history, b.history) for a, b in zip(ours, theirs, strict=True)]
         loss, steps = max(loss for loss, _ in apart), sum(steps for _, steps in apart)
         total = sum(len(run.history.losses) for run in ours)
         yield f"| {NAMES[engine]} and `qsvd`, same seed | {loss:.1e} | {steps} of {total} |"

@@ -1,8 +1,8 @@
 """The runs of `finetune.py` and `finetune_with_peft.py` that docs/finetune.md is about.
 
-Each has a process of its own. Losses, ranks and times come from whole runs, of several seeds, in which
-the engines take turns; memory from short ones, in which freed memory is given back at once, so that
-what is resident is what is in use.
+Each has a process of its own. Losses and ranks come from whole runs, of several seeds. Times come from
+short ones that take turns, step by step; memory from short ones in which freed memory is given back at
+once, so that what is resident is what is in use.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import finetune_with_peft
 import torch
 from code_search import batches_of, load_model, read_pairs, recall, split
 from history import History
+from turns import in_turn, run_in_turns
 
 import qsvd
 
 ENGINES = ("qsvd", "peft", "accelerated")
 MEMORY_STEPS = 12
+TIMED_STEPS = 16
 BATCH = 16
 
 
@@ -46,14 +48,16 @@ class Run:
     threads: int
 
 
-def run(engine: str, steps: int, seed: int) -> Run:
-    """Train here and now."""
+def run(engine: str, steps: int, seed: int, turns: bool) -> Run:
+    """Train here and now; with `turns`, each step when its turn comes."""
     seen, held_out = split(read_pairs())
     config = finetune.configure(steps)
     start = finetune_with_peft.first_values(config, seed)  # all have it, for an equal footing
     model = load_model()
     history = History(recall_before=recall(model, held_out))
     batches = batches_of(seen, BATCH, model.device)
+    if turns:
+        batches = in_turn(batches)
     before = reset_peak()
     if engine == "qsvd":
         torch.manual_seed(seed)
@@ -84,11 +88,10 @@ def status(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def run_apart(result: Path, engine: str, steps: int, seed: int = 0, trim: bool = False) -> None:
-    """Train in a new process. With `trim`, every larger block that is freed goes back at once."""
+def command(result: Path, engine: str, steps: int, seed: int = 0) -> list[str]:
+    """What trains in a new process, and leaves a file of it."""
     options = (f"--run={engine}", f"--steps={steps}", f"--seed={seed}", f"--result={result}")
-    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if trim else {})}
-    subprocess.run([sys.executable, __file__, *options], env=environment, check=True)
+    return [sys.executable, __file__, *options]
 
 
 def read_run(result: Path) -> Run:
@@ -97,15 +100,20 @@ def read_run(result: Path) -> Run:
 
 
 def measure(folder: Path, steps: int, seeds: int) -> None:
-    """Run everything; the engines take turns, so that a busy machine is unfair to none of them."""
+    """Run everything."""
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob("run-*.json"):  # of more seeds than these
         left_over.unlink()
+    trimmed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # larger blocks go back at once
     for engine in ENGINES:
-        run_apart(folder / f"memory-{engine}.json", engine, MEMORY_STEPS, trim=True)
+        short = command(folder / f"memory-{engine}.json", engine, MEMORY_STEPS)
+        subprocess.run(short, env=trimmed, check=True)
+    timed = [command(folder / f"time-{e}.json", e, TIMED_STEPS) for e in ENGINES]
+    run_in_turns([[*run, "--turns"] for run in timed])
     for seed in range(seeds):
         for engine in ENGINES:
-            run_apart(folder / f"run-{engine}-{seed}.json", engine, steps, seed)
+            whole = command(folder / f"run-{engine}-{seed}.json", engine, steps, seed)
+            subprocess.run(whole, check=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,9 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", choices=ENGINES, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the adapters' first values")
+    parser.add_argument("--turns", action="store_true", help="wait before each step for a line")
     parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
-    found = run(options.run, options.steps, options.seed)
+    found = run(options.run, options.steps, options.seed, options.turns)
     options.result.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ TINY = ("--steps", str(STEPS), "--batch", "8", "--texts", "9")
 NAMES = (
     "code_search",
     "history",
+    "turns",
     "finetune",
     "finetune_with_peft",
     "finetune_runs",
@@ -156,12 +159,15 @@ def test_the_page_tells_what_the_runs_saw(
     theirs["losses"][4] += 0.25
     theirs["ranks"][4] = theirs["ranks"][0]
     other["losses"][3] -= 0.5
-    history["cpu_seconds"], other["cpu_seconds"] = [2.0] * STEPS, [1.0, *[3.0] * (STEPS - 1)]
+    theirs["cpu_seconds"] = [2 * seconds for seconds in history["cpu_seconds"]]
     run = {"memory_mib": 12.0, "difference": 1e-7, "seen": 8, "held_out": 1, "threads": 1}
     for engine in ("qsvd", "peft", "accelerated"):
-        seeds = [theirs if engine == "peft" else history, other]
-        for name, of_run in zip(
-            ("memory-{}", "run-{}-0", "run-{}-1"), (history, *seeds), strict=True
+        first = theirs if engine == "peft" else history
+        for name, of_run in (
+            ("memory-{}", first),
+            ("time-{}", first),
+            ("run-{}-0", first),
+            ("run-{}-1", other),
         ):
             text = json.dumps({**run, "history": of_run})
             (tmp_path / f"{name.format(engine)}.json").write_text(text)
@@ -170,7 +176,8 @@ def test_the_page_tells_what_the_runs_saw(
 
     page = (tmp_path / "finetune.md").read_text()
     assert f"Of {INIT * LAYERS} ranks {TARGET * LAYERS} are left" in page
-    assert f"| {(2 * STEPS - 1) / STEPS:.2f} | 12 MiB |" in page  # of each step the least
+    assert page.count(" | 2.00 | 12 MiB |") == 1  # PEFT's time, in ours
+    assert page.count(" | 1.00 | 12 MiB |") == 2
     assert f"| PEFT and `qsvd`, same seed | 2.5e-01 | 1 of {2 * STEPS} |" in page
     assert f"| PEFT, `accelerate`d and `qsvd`, same seed | 0.0e+00 | 0 of {2 * STEPS} |" in page
     assert f"two seeds nearest to one another | 5.0e-01 | 0 of {STEPS} |" in page
@@ -189,7 +196,11 @@ def test_the_command_makes_the_page(
     monkeypatch.setattr(runs, "read_pairs", lambda: pairs)
     monkeypatch.setattr(runs, "BATCH", 2)
     monkeypatch.setattr(runs, "MEMORY_STEPS", 4)
+    monkeypatch.setattr(runs, "TIMED_STEPS", 4)
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: runs.main(command[2:]))
+    monkeypatch.setattr(
+        runs, "run_in_turns", lambda commands: [runs.main(c[2:-1]) for c in commands]
+    )
     monkeypatch.setattr(page, "DOCS", tmp_path)
 
     page.main(["--steps", "4", "--seeds", "2", "--folder", str(tmp_path / "runs")])
@@ -200,3 +211,34 @@ def test_the_command_makes_the_page(
     found = [float(row.split("|")[2]) for row in text.splitlines() if "`qsvd`, same seed" in row]
     assert len(found) == 2
     assert max(found) < 1e-4
+
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from turns import in_turn
+for number in in_turn([1, 2]):
+    print("some progress")
+    open("seen", "a").write(f"{sys.argv[2]}{number} ")
+sys.exit(sys.argv[2] == "c")
+"""
+
+
+def test_processes_take_turns(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A step each, in their order; one that fails is an error, after the others have ended.
+    """
+    run_in_turns = examples["turns"].run_in_turns
+    monkeypatch.chdir(tmp_path)
+
+    def worker(name: str) -> list[str]:
+        return [sys.executable, "-c", WORKER, str(EXAMPLES), name]
+
+    run_in_turns([worker("a"), worker("b")])
+    assert Path("seen").read_text() == "a1 b1 a2 b2 "
+
+    with pytest.raises(subprocess.CalledProcessError):
+        run_in_turns([worker("c"), worker("d")])
+    assert Path("seen").read_text() == "a1 b1 a2 b2 c1 d1 c2 d2 "
