@@ -44,20 +44,19 @@ def write_page(folder: Path, docs: Path) -> None:
 
 
 def read_runs(folder: Path) -> dict[str, list[Run]]:
-    """The whole runs of each engine that has any, from as many seeds as all of these have."""
+    """The whole runs of each engine that has any, by seed from 0."""
     files = {e: sorted(folder.glob(f"run-{e}-*.json")) for e in ENGINES}
-    seeds = min(len(paths) for paths in files.values() if paths)
-    return {e: [read_run(p) for p in paths[:seeds]] for e, paths in files.items() if paths}
+    return {e: [read_run(path) for path in paths] for e, paths in files.items() if paths}
 
 
 def plot_losses(runs: Mapping[str, Sequence[Run]], path: Path) -> None:
     """The loss, averaged over a few steps, from each seed's first values: qsvd's, and PEFT's on it."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    for seed, (ours, theirs) in enumerate(zip(runs["qsvd"], runs["peft"], strict=True)):
-        axes.plot(*averaged(ours.history), lw=4, alpha=0.4, label=f"qsvd, seed {seed}")
-        label = "PEFT, each seed" if seed == 0 else None
-        axes.plot(*averaged(theirs.history), "k:", lw=1.5, label=label)
+    for seed, run in enumerate(runs["qsvd"]):
+        axes.plot(*averaged(run.history), lw=4, alpha=0.4, label=f"qsvd, seed {seed}")
+    for seed, run in enumerate(runs["peft"]):
+        axes.plot(*averaged(run.history), ":", c="k", lw=1.5, label=f"PEFT, seed {seed}")
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss, mean of {WINDOW} steps")
     axes.set_ylim(bottom=0)
@@ -126,49 +125,47 @@ same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's
     for engine, name in NAMES.items():
         learnt = "| |"
         if engine in runs:
-            loss = fmean(run.history.mean_loss(-WINDOW) for run in runs[engine])
-            recall = fmean(run.history.recall_after for run in runs[engine])
-            learnt = f"| {loss:.4f} | {recall:.3f} |"
+            history = runs[engine][0].history
+            learnt = f"| {history.mean_loss(-WINDOW):.4f} | {history.recall_after:.3f} |"
         ratio = median(a / b for a, b in zip(times[engine], times["qsvd"], strict=True))
         seconds = f"{median(times[engine]):.2f} | {ratio:.2f}"
         yield f"| {name} {learnt} {seconds} | {memory[engine]:.0f} MiB |"
     yield f"""
-Loss and recall are means over the first values of {len(runs["qsvd"])} seeds, on the same texts in the
-same order. Time is what a process itself took of the CPU, the median of {len(times["qsvd"])} steps; the
-engines took them in turns, and the ratio is the median of the steps' ratios. Memory is the peak of the
-resident size in {MEMORY_STEPS} steps, above what it was before the adapters were made. The model
-computes in fp32, where PEFT has no need of the fp32 copies of inputs that it makes in bf16 and fp16."""
+Loss and recall are those of seed 0. Time is what a process itself took of the CPU, the median of
+{len(times["qsvd"])} steps; the engines took them in turns, and the ratio is the median of the steps'
+ratios. Memory is the peak of the resident size in {MEMORY_STEPS} steps, above what it was before the
+adapters were made. The model computes in fp32, where PEFT has no need of the fp32 copies of inputs that
+it makes in bf16 and fp16."""
 
 
 def noise(runs: Mapping[str, Sequence[Run]]) -> Iterator[str]:
     """How far the libraries are apart, against how far qsvd is from itself with other first values."""
     ours = runs["qsvd"]
-    yield """
+    yield f"""
 ## The same curve
 
 ![The loss of each seed, by qsvd and by PEFT](finetune-loss.svg)
 
-| compared | largest difference of a step's loss | steps in which a layer's rank differs |
-|---|---:|---:|"""
+Adapters start with random A and B, here of {len(ours)} seeds, and see the same texts in the same order.
+
+| compared | seeds | largest difference of a step's loss | steps in which a layer's rank differs |
+|---|---|---:|---:|"""
     for engine, theirs in runs.items():
         if engine == "qsvd":
             continue
-        apart = [differences(a.history, b.history) for a, b in zip(ours, theirs, strict=True)]
-        loss, steps = max(loss for loss, _ in apart), sum(steps for _, steps in apart)
-        total = sum(len(run.history.losses) for run in ours)
-        yield f"| {NAMES[engine]} and `qsvd`, same seed | {loss:.1e} | {steps} of {total} |"
-    pairs = [differences(a.history, b.history) for a, b in combinations(ours, 2)]
-    loss, steps = min(pairs)
-    total = len(ours[0].history.losses)
-    yield f"| `qsvd` and `qsvd`, the two seeds nearest to one another | {loss:.1e} | {steps} of {total} |"
+        for seed, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            yield f"| {NAMES[engine]} and `qsvd` | {seed} | {difference(a.history, b.history)} |"
+    for (i, a), (j, b) in combinations(enumerate(ours), 2):
+        yield f"| `qsvd` and `qsvd` | {i} and {j} | {difference(a.history, b.history)} |"
     yield """
-The last row is the noise: what a run changes by if only its adapters start with other random values."""
+The rows of `qsvd` alone are the noise: what a run changes by if only its adapters start with other values."""
 
 
-def differences(one: History, two: History) -> tuple[float, int]:
-    """The largest difference of a step's loss, and in how many steps a layer's rank differs."""
+def difference(one: History, two: History) -> str:
+    """Of the losses of a step at most, and in how many steps a layer's rank differs, as two cells."""
     loss = max(abs(a - b) for a, b in zip(one.losses, two.losses, strict=True))
-    return loss, sum(a != b for a, b in zip(one.ranks, two.ranks, strict=True))
+    steps = sum(a != b for a, b in zip(one.ranks, two.ranks, strict=True))
+    return f"{loss:.1e} | {steps} of {len(one.losses)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
