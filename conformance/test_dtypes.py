@@ -65,7 +65,16 @@ def test_y_has_the_base_outputs_dtype(trial: Trial) -> None:
     ]
     pruned = [replace(case, ranks=(0,)) for case in plain[:12]]
     dropped = [replace(case, dropouts=(0.5,)) for case in plain[:12]]
-    trial.check(body, [*plain, *pruned, *dropped])
+    trial.check(body, [*plain, *pruned, *dropped, *_tall(trial)])
+
+
+def _tall(trial: Trial) -> list[Case]:
+    """Numbers of rows at which implementations change from one way of multiplying to another."""
+    return [
+        Case(trial.kind, dtype, 8, 5, (rows,), (3,))
+        for dtype in DTYPES
+        for rows in (17, 33, 65, 129)
+    ]
 
 
 @clause("DTYPE-2")
@@ -188,13 +197,13 @@ def test_fp16_stays_in_range(trial: Trial) -> None:
                 "float16",
                 in_features=64,
                 out_features=4,
-                batch=(2,),
+                batch=(rows,),
                 ranks=(16,),
                 alphas=(alpha,),
                 base_scale=2.0**-10,
                 training=training,
             )
-            for alpha in (1.0, 16.0)
+            for alpha, rows in ((1.0, 2), (16.0, 2), (1.0, 65))
             for training in (True, False)
         ],
     )

@@ -127,7 +127,7 @@ class _AddAdapter(torch.autograd.Function):
             if needs_x:
                 dx = expand(_side_by_side(P), Q, ctx.x_dtype)  # n, in
                 if keep is not None:
-                    dx = dx * keep if torch.is_grad_enabled() else dx.mul_(keep)
+                    dx.mul_(keep)
             dA = dQ * Ec if dQ is not None and needs_A else None
             dE = (dQ * A).sum(1, keepdim=True) * c if dQ is not None and needs_E else None
             if dBT is not None and live is not None:

@@ -19,6 +19,12 @@ class ReturnsFloat(HonestLayer):
         return y.float() + delta
 
 
+@mutant("returns fp32 from 33 rows on", kills=("DTYPE-1",), kind="dtype", only="33 rows")
+class ReturnsFloatForManyRows(HonestLayer):
+    def combine(self, y: Tensor, delta: Tensor) -> Tensor:
+        return y.float() + delta if len(y) > 32 else super().combine(y, delta)
+
+
 @mutant("returns x's dtype", kills=("DTYPE-2",), kind="dtype", only="autocast")
 class ReturnsInputDtype(HonestLayer):
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +81,18 @@ class CastsBeforeScaling(HonestLayer):
         y = super().base_output(x)
         self.returned = y.dtype
         return y
+
+
+@mutant(
+    "casts to x's dtype before it divides by ranknum, from 33 rows on",
+    kills=("DTYPE-4",),
+    kind="dtype",
+    only="33 rows",
+)
+class CastsManyRowsBeforeScaling(CastsBeforeScaling):
+    def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+        cast = super().product if len(x) > 32 else super(CastsBeforeScaling, self).product
+        return cast(x, A, E, B)
 
 
 @mutant("leaves an fp32 gradient on a half x", kills=("DTYPE-6",), kind="dtype", only="backward")

@@ -100,6 +100,18 @@ def test_update_layer_has_the_constructors_defaults(kind):
     assert not adapted.lora_E["other"].any()
 
 
+def test_torchs_default_dtype_does_not_choose_the_parameters_dtype(kind):
+    base = base_layer(kind)
+    torch.set_default_dtype(torch.float64)
+    try:
+        adapted = layer(kind, base=base)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    kept = (adapted.lora_A, adapted.lora_E, adapted.lora_B, adapted.ranknum)
+    assert all(parameters["default"].dtype == torch.float32 for parameters in kept)
+
+
 def test_update_layer_adds_an_adapter_without_activating_it(kind):
     adapted = randomised(layer(kind))
     before = {k: v.clone() for k, v in adapted.state_dict().items() if "default" in k}

@@ -141,7 +141,8 @@ def test_a_poisoned_row_reaches_no_other_row(kind, dtype, poison):
     assert not adapted(x)[2].isfinite().all()
 
 
-def test_a_finite_fp16_result_stays_finite(kind):
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_finite_fp16_result_stays_finite(kind, rows):
     """
     x @ A.T is 65536 and the update before the division by ranknum 2^17: both leave fp16's range.
     """
@@ -153,14 +154,15 @@ def test_a_finite_fp16_result_stays_finite(kind):
         adapted.lora_A["default"][0] = 1024.0
         adapted.lora_E["default"][0] = 1.0
         adapted.lora_B["default"][:, 0] = 2.0
-    x = torch.ones(2, 64, dtype=torch.float16)
+    x = torch.ones(rows, 64, dtype=torch.float16)
     update = adapted(x).double() - base(x).double()
 
     # Rounded twice (y and base) at 2^14 < |y| < 2^15, where fp16's numbers are 16 apart.
     torch.testing.assert_close(update, torch.full_like(update, 2**17 / (8 + 1e-5)), rtol=0, atol=16)
 
 
-def test_a_finite_fp16_result_stays_finite_where_the_hidden_vector_does_not(kind):
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_finite_fp16_result_stays_finite_where_the_hidden_vector_does_not(kind, rows):
     """
     x @ (A * E * c).T is 2^19, outside fp16's range; B brings the update back to 2^10.
     """
@@ -170,7 +172,7 @@ def test_a_finite_fp16_result_stays_finite_where_the_hidden_vector_does_not(kind
         adapted.lora_A["default"].zero_()[0] = 1024.0
         adapted.lora_E["default"][0] = 64.0
         adapted.lora_B["default"].fill_(2.0**-9)
-    x = torch.ones(2, 64, dtype=torch.float16)
+    x = torch.ones(rows, 64, dtype=torch.float16)
     update = adapted(x).double() - base(x).double()
 
     # Rounded twice near 2^10, where fp16's numbers are at most 1 apart.

@@ -240,7 +240,7 @@ def test_a_layer_built_on_meta_loads_and_knows_its_ranknum(kind, with_ranknum):
     source = randomised(layer(kind, r=3))
     with torch.device("meta"):
         base = unquantised_base(kind)
-        fresh = qsvd.layer_for(base)(base, "default", r=3)
+    fresh = qsvd.layer_for(base)(base, "default", r=3)
     assert fresh.lora_A["default"].is_meta
     assert fresh.ranknum["default"].tolist() == [3.0]
     state = source.state_dict()
