@@ -10,7 +10,7 @@ from typing import Any, Literal
 from conformance.chapters import Test
 from conformance.trial import NotApplicable, Trial, run_clause
 from conformance.verdict import Outcome
-from conformance.violation import Violation
+from conformance.violation import NotProvided, Violation
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ def judge(test: Test, trial: Trial) -> Answer:
         return NOT_PROVIDED
     try:
         run_clause(test, trial)
+    except NotProvided as reason:
+        return Answer("not-provided", str(reason))
     except NotApplicable as reason:
         return Answer("skip", str(reason), measured=measured(trial))
     except Violation as violation:

@@ -10,6 +10,15 @@ that return a `torch.nn.Module` with the attributes of SPEC.md (ADPT-8). It may 
 
 "float32": for half-precision inputs the adapter path stores its intermediates in fp32, and is held to
 that. "input" (the default): it may store them in the input's dtype, and its bounds are wider.
+
+A port that allocates ranks has, beside its layers, what chapter RANK of SPEC.md asks for:
+
+    AdaLoraConfig(**settings)                       # init_r, target_r, tinit, ...: PEFT's field names
+    RankAllocator(model, config, adapter_name)      # .step(global_step, grad_scale=1.0) -> budget
+                                                    # .state_dict(), .load_state_dict(state)
+    orthogonal_penalty(model, adapter_name)         # a scalar tensor; may come alone
+
+A port without them is not asked, and conforms.
 """
 
 from __future__ import annotations
@@ -22,8 +31,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from conformance.spec import KINDS, Kind
@@ -40,13 +50,23 @@ class PortError(Exception):
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """What a port that allocates ranks offers beside its layers: see chapter RANK of SPEC.md."""
+
+    config: Callable[..., Any]
+    allocator: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Port:
-    """An implementation under test: its two constructors, by kind of base layer."""
+    """An implementation under test: its two constructors, by kind of base layer, and its allocator."""
 
     name: str
     version: str
     constructors: Mapping[Kind, Constructor] = field(repr=False)
     arithmetic: Arithmetic = "input"
+    allocation: Allocation | None = field(default=None, repr=False)
+    penalty: Callable[..., torch.Tensor] | None = field(default=None, repr=False)
     # What loading the port did beside: to global state, to others' functions, and what it reached for.
     changed_by_loading: tuple[str, ...] = ()
     replaced_by_loading: tuple[str, ...] = ()
@@ -60,7 +80,8 @@ def load_port(spec: str) -> Port:
     """Load a port from a dotted module name or a path to a `.py` file.
 
     Raises:
-        PortError: when it does not import, has neither class, or declares an unknown arithmetic.
+        PortError: when it does not import, has neither class, declares an unknown arithmetic, or offers
+            half an allocator.
     """
     with Watch() as watch, Tripwire() as wire:
         module = _import_file(Path(spec)) if spec.endswith(".py") else _import_module(spec)
@@ -78,7 +99,7 @@ def port_name(spec: str) -> str:
 
 
 def port_from_module(module: ModuleType, name: str) -> Port:
-    """Read the constructors and the declared arithmetic off a module."""
+    """Read the constructors, the declared arithmetic and what else is offered off a module."""
     constructors: dict[Kind, Constructor] = {}
     for kind in KINDS:
         constructor = getattr(module, CLASS_NAMES[kind], None)
@@ -97,7 +118,35 @@ def port_from_module(module: ModuleType, name: str) -> Port:
         raise PortError(
             f"Port `{name}`: ADAPTER_ARITHMETIC is {arithmetic!r}; it must be 'float32' or 'input'."
         )
-    return Port(name, _version_of(module), constructors, arithmetic)
+    return Port(
+        name,
+        _version_of(module),
+        constructors,
+        arithmetic,
+        _allocation_of(module, name),
+        _offered(module, name, "orthogonal_penalty"),
+    )
+
+
+def _allocation_of(module: ModuleType, name: str) -> Allocation | None:
+    allocator = _offered(module, name, "RankAllocator")
+    if allocator is None:
+        return None
+    config = _offered(module, name, "AdaLoraConfig")
+    if config is None:
+        raise PortError(
+            f"Port `{name}` has a `RankAllocator` and no `AdaLoraConfig`: the allocator is built from "
+            "one (SPEC.md, chapter RANK)."
+        )
+    return Allocation(config, allocator)
+
+
+def _offered(module: ModuleType, port: str, name: str) -> Callable[..., Any] | None:
+    """A callable that a port need not have."""
+    offered: Callable[..., Any] | None = getattr(module, name, None)
+    if offered is not None and not callable(offered):
+        raise PortError(f"Port `{port}`: `{name}` is not callable.")
+    return offered
 
 
 def _import_module(name: str) -> ModuleType:

@@ -35,10 +35,6 @@ class Violation(AssertionError):
         return f"{head}{self.message}{tail}"
 
 
-class NotApplicable(Exception):
-    """The clause cannot be asked here: on this device, or without this hardware or package."""
-
-
 def describe_elements(
     what: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray, bad: np.ndarray
 ) -> str:
@@ -69,3 +65,11 @@ def short_path(filename: str) -> str:
     if "site-packages" in parts:
         return "/".join(parts[parts.index("site-packages") + 1 :])
     return "/".join(parts[-3:])
+
+
+class NotApplicable(Exception):
+    """The clause cannot be asked here: on this device, or without this hardware or package."""
+
+
+class NotProvided(NotApplicable):
+    """The port does not offer what the clause is about, and need not."""

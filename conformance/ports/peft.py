@@ -6,17 +6,20 @@
 
 Adapters are cast to fp32 by PEFT's own function, where a release has it, as `get_peft_model` does by
 default (`autocast_adapter_dtype`), so that the layers are judged as users meet them. Only construction is
-translated: what the layers compute, keep and lack is PEFT's.
+translated: what the layers compute, keep and lack is PEFT's. So it is with `RankAllocator` and
+`orthogonal_penalty`: the methods of PEFT's `AdaLoraModel` that allocate and that add the penalty are called
+as they are, on a model that `get_peft_model` did not make.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import peft
+import torch
 from peft import AdaLoraConfig
 from peft.tuners import adalora
 from torch import nn
@@ -167,3 +170,39 @@ class SVDLinear4bit(_Translated, _LAYERS.SVDLinear4bit):  # type: ignore[misc,na
 
 class SVDLinear8bitLt(_Translated, _LAYERS.SVDLinear8bitLt):  # type: ignore[misc,name-defined]
     """PEFT's `SVDLinear8bitLt` behind the protocol's constructor."""
+
+
+class RankAllocator:
+    """PEFT's allocator, stepped by its own `AdaLoraModel.update_and_allocate`.
+
+    It has no `grad_scale`, and no state to save or load: PEFT has neither.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"
+    ) -> None:
+        self._allocator = adalora.RankAllocator(model, config, adapter_name)
+        # All that PEFT's method reads of the `AdaLoraModel` that it is a method of.
+        self._tuner = SimpleNamespace(
+            model=model,
+            peft_config={adapter_name: config},
+            trainable_adapter_name=adapter_name,
+            rankallocator=self._allocator,
+        )
+
+    def step(self, global_step: int) -> int:
+        adalora.AdaLoraModel.update_and_allocate(self._tuner, global_step)
+        budget: int = self._allocator.budget_schedule(global_step)[0]
+        return budget
+
+
+def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> torch.Tensor:
+    """What PEFT's `AdaLoraModel.forward` adds to a loss of zero, at a weight of one."""
+    output = SimpleNamespace(loss=torch.zeros((), device=next(model.parameters()).device))
+    tuner = SimpleNamespace(
+        model=SimpleNamespace(forward=lambda: output, named_parameters=model.named_parameters),
+        peft_config={adapter_name: AdaLoraConfig(total_step=100, orth_reg_weight=1.0)},
+        trainable_adapter_name=adapter_name,
+    )
+    loss: torch.Tensor = adalora.AdaLoraModel.forward(tuner).loss
+    return loss

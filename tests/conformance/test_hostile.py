@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from conformance.chapters import test_of as decider_of
+from conformance.profile import QUICK
+from conformance.settings import Settings
+from conformance.warden import Warden
 from tests.conformance.command import PORTS, run_suite
 
 HOSTILE = Path(__file__).with_name("hostile")
@@ -91,6 +95,19 @@ def test_global_state_that_a_forward_changes_fails_the_clause_and_is_put_back(
     for what in ("the number of threads", "the grad mode", "deterministic algorithms"):
         assert f"Left behind by the port: {what} was " in failed["message"]
     assert clause(port, "INIT-7")["status"] == "pass"
+
+
+def test_an_allocator_that_dies_names_the_place_and_the_case() -> None:
+    spec = str(HOSTILE / "dies_allocating.py")
+    host = Warden(Settings(spec=spec, device="cpu", profile=QUICK, patience=PATIENCE))
+    try:
+        answer = host.ask(decider_of("RANK-8"), "4bit")
+    finally:
+        host.stop()
+    assert answer.status == "fail"
+    assert "killed by SIGSEGV in `choose`" in answer.message
+    assert "about to read the null pointer" in answer.message
+    assert answer.case is not None
 
 
 def test_a_flood_does_not_reach_the_terminal(together: tuple[Any, str]) -> None:

@@ -68,6 +68,42 @@ def test_a_tensor_that_agrees_with_everything_is_no_result(identifier: str) -> N
     assert "y is a Agreeable, expected a plain torch.Tensor" in answer.message
 
 
+@pytest.mark.parametrize(
+    ("identifier", "found"),
+    [
+        ("RANK-5", "returns the budget 0, expected 12"),
+        ("RANK-20", "the penalty is a Agreeable, expected a plain torch.Tensor"),
+    ],
+)
+def test_an_allocator_that_agrees_with_everything_has_decided_nothing(
+    identifier: str, found: str
+) -> None:
+    answer = asked(load_port(str(HOSTILE / "allocates_nothing.py")), identifier)
+    assert answer.status == "fail"
+    assert found in answer.message
+
+
+def test_singular_values_that_agree_with_everything_are_none() -> None:
+    """
+    With a budget that is a number, what is looked at is E.
+    """
+    port = load_port(str(HOSTILE / "allocates_nothing.py"))
+    allocator: Any = sys.modules["conformance_port_allocates_nothing"].RankAllocator
+    honest_step = allocator.step
+    allocator.step = lambda *given: 4 if honest_step(*given) is not None else 0
+    answer = asked(port, "RANK-10")
+    assert answer.status == "fail"
+    assert "layers.0.lora_E is a AgreeableParameter" in answer.message
+
+
+def test_a_penalty_that_replaces_a_function_fails_its_clause_and_is_put_back() -> None:
+    before = torch.allclose
+    answer = asked(load_port(str(HOSTILE / "dies_allocating.py")), "RANK-22")
+    assert answer.status == "fail"
+    assert "torch.allclose" in answer.message
+    assert torch.allclose is before
+
+
 def test_a_port_that_asks_the_reference_gets_none_and_is_told_of() -> None:
     """
     Its results are right: that it asked fails the clause.

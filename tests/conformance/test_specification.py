@@ -24,6 +24,7 @@ CHAPTERS: dict[str, str | tuple[str, ...]] = {
     "DTYPE": "test_dtypes",
     "STATE": "test_state",
     "ENV": "test_surroundings",
+    "RANK": "test_allocation",
 }
 
 

@@ -18,9 +18,8 @@ from tests.campaigns.journal import ROOT, Journal, fingerprint, versions
 from tests.campaigns.searching import searches
 from tests.campaigns.workers import WorkerError, forked
 from tests.false_alarms import page
-from tests.false_alarms.campaign import Finding, Unit, ask_unit, reproducer, units
+from tests.false_alarms.campaign import HONEST, Finding, Unit, ask_unit, reproducer, units
 from tests.mutants.asking import kinds
-from tests.mutants.variants import VARIANTS
 
 JOURNAL = ROOT / ".campaigns" / "false-alarms.jsonl"
 TIMEOUT = 3600.0
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm_up()
     journal = Journal(given.journal, fingerprint())
     findings = [Finding(**entry) for entry in journal]
-    names = given.variant or list(VARIANTS)
+    names = given.variant or list(HONEST)
     wanted = [(p, s) for p, seeds in _seeds(given) for s in seeds]
     if given.clause:
         work = [Unit(p, s, tuple(names), tuple(given.clause)) for p, s in wanted]
@@ -80,7 +79,7 @@ def warm_up() -> None:
     for clause in clauses():
         for kind in kinds(clause):
             searches(clause, kind)
-    ask_unit(Unit("quick", 0, tuple(VARIANTS)[:1], ("FWD-1", "GRAD-23", "DTYPE-1")))
+    ask_unit(Unit("quick", 0, tuple(HONEST)[:1], ("FWD-1", "GRAD-23", "DTYPE-1")))
 
 
 def _seeds(given: argparse.Namespace) -> list[tuple[str, range]]:
@@ -113,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick-seeds", type=int, default=200, metavar="N")
     parser.add_argument("--standard-seeds", type=int, default=20, metavar="N")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variant", action="append", choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--variant", action="append", choices=list(HONEST), metavar="NAME")
     parser.add_argument("--profile", choices=list(PROFILES)[:2], help="this profile only")
     parser.add_argument("--seed", type=int, help="this seed only (of quick, or of --profile)")
     parser.add_argument(

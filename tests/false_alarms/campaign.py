@@ -14,12 +14,16 @@ from conformance.spec import Kind, clauses
 from conformance.trial import NotApplicable, run_clause
 from conformance.violation import Violation
 from tests.campaigns.searching import HalfTrial, searches
+from tests.mutants.allocator_variants import ALLOCATORS
 from tests.mutants.asking import by_clause, kinds, unchanged_torch
+from tests.mutants.mutant import chapter_of
 from tests.mutants.variants import VARIANTS
 
 # Under this seed everything is asked. A later one decides only what is searched: probes, and the
 # clauses that do not search, would be asked the same again.
 FIRST_SEED = 0
+# Some are layers, some allocators over the honest layer, and qsvd is both.
+HONEST = {**VARIANTS, **{f"allocator: {name}": port for name, port in ALLOCATORS.items()}}
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,19 @@ def ask_unit(unit: Unit) -> list[Finding]:
             if unit.seed == FIRST_SEED or searches(clause, kind):
                 shared: list[Case] = []
                 for finding in found.values():
-                    _ask(finding, clause, kind, profile, shared)
+                    if concerns(finding.variant, clause):
+                        _ask(finding, clause, kind, profile, shared)
     return list(found.values())
+
+
+def concerns(variant: str, clause: str) -> bool:
+    """Layers are asked the chapters on layers, allocators the one on allocators."""
+    return (variant in VARIANTS) == (chapter_of(clause) != "RANK")
 
 
 def _ask(finding: Finding, clause: str, kind: Kind, profile: Profile, shared: list[Case]) -> None:
     trial = SharingTrial(
-        port=VARIANTS[finding.variant], kind=kind, profile=profile, seed=finding.seed, cases=shared
+        port=HONEST[finding.variant], kind=kind, profile=profile, seed=finding.seed, cases=shared
     )
     trial.half = "both" if finding.seed == FIRST_SEED else "search"
     (test,) = by_clause()[clause]

@@ -14,7 +14,8 @@ HEAD = """# False alarms
 
 Written by `{command}`; not by hand.
 
-Every honest variant (`tests/mutants/variants.py`) is asked every clause. A seed decides what a clause
+Every honest variant (`tests/mutants/variants.py`) is asked every clause on layers, and every honest allocator
+(`tests/mutants/allocator_variants.py`) the chapter on rank allocation. A seed decides what a clause
 searches, and nothing else: under the first seed everything is asked, under a later one the searches
 alone, since probes and the clauses that do not search would be asked the same again. Variants share
 the cases of a seed. *Compared* counts elements and facts; *error / bound* is the largest seen.

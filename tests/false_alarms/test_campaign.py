@@ -9,7 +9,15 @@ import pytest
 
 from tests.campaigns.searching import HalfTrial
 from tests.false_alarms.__main__ import main
-from tests.false_alarms.campaign import Finding, SharingTrial, Unit, ask_unit, reproducer, units
+from tests.false_alarms.campaign import (
+    HONEST,
+    Finding,
+    SharingTrial,
+    Unit,
+    ask_unit,
+    reproducer,
+    units,
+)
 from tests.false_alarms.page import PAGE, render
 from tests.mutants.asking import verdict
 from tests.mutants.gallery import MUTANTS
@@ -48,7 +56,9 @@ def test_sharing_a_search_changes_nothing() -> None:
 
 def test_an_alarm_is_found_counted_and_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     """A faulty layer among the honest ones stands for a suite that blames an honest one."""
-    monkeypatch.setitem(VARIANTS, "faulty", MUTANTS["subtracts the update"].port)
+    port = MUTANTS["subtracts the update"].port
+    for honest in (VARIANTS, HONEST):
+        monkeypatch.setitem(honest, "faulty", port)
     for seed in (0, 5):
         (finding,) = ask_unit(Unit("quick", seed, ("faulty",), ("FWD-1",)))
         assert finding.alarms
@@ -56,6 +66,15 @@ def test_an_alarm_is_found_counted_and_reproducible(monkeypatch: pytest.MonkeyPa
         page = render([finding], command="c", versions={}, fingerprint="f")
         assert "there were alarms" in page
         assert reproducer(finding, finding.alarms[0]) in page
+
+
+def test_allocators_are_asked_of_their_chapter_and_layers_of_theirs() -> None:
+    name = "allocator: averages in fp64"
+    unit = Unit("quick", 5, (name, NAMES[0]), ("RANK-1", "FWD-1"))
+    allocator, layer = ask_unit(unit)
+    assert (allocator.asked, layer.asked) == (2, 2)
+    assert allocator.compared
+    assert allocator.alarms == []
 
 
 def test_a_tiny_campaign_writes_the_page_and_resumes(

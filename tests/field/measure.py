@@ -94,8 +94,9 @@ def honest_ports() -> dict[str, Port]:
 def run_batch(
     kind: Kind, dtype: DType, number: int, random: int, mutants: Sequence[str] | None = None
 ) -> Batch:
-    """Play one batch; all mutants, or those named."""
-    chosen = {name: MUTANTS[name].port for name in (MUTANTS if mutants is None else mutants)}
+    """Play one batch; all mutants of the layer, or those named."""
+    layers = [name for name, mutant in MUTANTS.items() if mutant.in_layer]
+    chosen = {name: MUTANTS[name].port for name in (layers if mutants is None else mutants)}
     found = Batch(
         kind,
         dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import (
     adapter_faults,
+    allocation_faults,
     backward_faults,
     boundary_faults,
     corner_faults,
@@ -11,7 +12,9 @@ from tests.mutants import (
     dtype_faults,
     forward_faults,
     gradient_faults,
+    importance_faults,
     initialisation_faults,
+    penalty_faults,
     scaling_faults,
     state_faults,
     surroundings_faults,
@@ -31,6 +34,9 @@ CHAPTERS = (
     dtype_faults,
     state_faults,
     surroundings_faults,
+    importance_faults,
+    allocation_faults,
+    penalty_faults,
 )
 
 __all__ = ["CHAPTERS", "MUTANTS"]

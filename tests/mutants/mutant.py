@@ -10,11 +10,13 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from conformance.port import Arithmetic, Constructor, Port
+from conformance.port import Allocation, Arithmetic, Constructor, Port
 from conformance.spec import Kind
 from tests.mutants import honest
+from tests.mutants.honest_allocator import HonestAllocator, HonestConfig, HonestPenalty
 
 T = TypeVar("T", bound=type[honest.HonestLayer])
+R = TypeVar("R", bound=type[HonestAllocator] | type[HonestPenalty])
 BASES: dict[Kind, type[honest.HonestLayer]] = {
     "4bit": honest.SVDLinear4bit,
     "8bit": honest.SVDLinear8bitLt,
@@ -83,6 +85,11 @@ class Mutant:
     only: Corner | None = None
 
     @property
+    def in_layer(self) -> bool:
+        """Whether the layer is at fault, and not what is offered beside it."""
+        return self.home != "RANK"
+
+    @property
     def home(self) -> str:
         """The chapter to which the fault belongs: that of the first clause that must notice."""
         return chapter_of(self.kills[0])
@@ -127,13 +134,36 @@ def mutant(
     """
 
     def enter(fault: T) -> T:
-        if name in MUTANTS:
-            raise ValueError(f"There is a mutant named {name!r} already.")
-        port = Port(name, "0", over_both_bases(fault), arithmetic)
-        MUTANTS[name] = Mutant(name, port, kills, kind, only)
+        _enter(Mutant(name, Port(name, "0", over_both_bases(fault), arithmetic), kills, kind, only))
         return fault
 
     return enter
+
+
+def rank_mutant(
+    name: str, kills: tuple[str, ...], *, kind: Fault, only: Corner | None = None
+) -> Callable[[R], R]:
+    """Enter a faulty allocator or penalty into the gallery, over honest layers."""
+
+    def enter(fault: R) -> R:
+        _enter(Mutant(name, rank_port(name, fault), kills, kind, only))
+        return fault
+
+    return enter
+
+
+def rank_port(name: str, part: type[HonestAllocator] | type[HonestPenalty]) -> Port:
+    """A port of honest layers whose allocator or penalty is `part`, and the other one honest."""
+    faulty_penalty = issubclass(part, HonestPenalty)
+    allocation = Allocation(HonestConfig, HonestAllocator if faulty_penalty else part)
+    penalty = part() if issubclass(part, HonestPenalty) else HonestPenalty()
+    return Port(name, "0", dict(BASES), "float32", allocation, penalty)
+
+
+def _enter(entry: Mutant) -> None:
+    if entry.name in MUTANTS:
+        raise ValueError(f"There is a mutant named {entry.name!r} already.")
+    MUTANTS[entry.name] = entry
 
 
 class _Tampered(torch.autograd.Function):

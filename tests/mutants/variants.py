@@ -1,4 +1,4 @@
-"""Honest variants: the contract evaluated in other orders and dtypes. The suite must blame none of them."""
+"""Honest layers: the contract evaluated in other orders and dtypes. The suite must blame none of them."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ HEAD = """# Power: what the suite catches
 
 Written by `{command}`; not by hand.
 
-{count} mutants: the honest layer of `tests/mutants/honest.py`, each with one planted fault. *Quick* and
-*standard* say under how many of {seeds} seeds the mutant's own chapter kills it. A seed decides what a
-clause searches, not its probes: *certain* means that a probe kills it, whatever the seed. The clauses on
-real weights are asked in standard only.
+{count} mutants: the honest layer, allocator or penalty of `tests/mutants`, each with one planted fault.
+*Quick* and *standard* say under how many of {seeds} seeds the mutant's own chapter kills it. A seed
+decides what a clause searches, not its probes: *certain* means that a probe kills it, whatever the seed.
+The clauses on real weights are asked in standard only.
 
 **Kill rate over {seeds} seeds: {standard} in standard, {quick} in quick.** {certain} die by a probe.
 
