@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -26,6 +26,25 @@ def assert_equal(one: Outcome, two: Outcome) -> None:
 def assert_close(outcome: Outcome, plan: Plan, choices: bool = True) -> None:
     """The choices of the run in one process, and its numbers but for the order of their sums.
 
+    See `assert_within_the_spread`.
+    """
+    one = _alone(plan)
+    if choices:
+        _assert_same_choices(outcome, one)
+    shuffled = [list(_numbers(_alone(replace(plan, seed=seed)))) for seed in range(1, 5)]
+    for number, (what, expected) in enumerate(_numbers(one)):
+        got = list(_numbers(outcome))[number][1]
+        assert_within_the_spread(got, expected, [s[number][1] for s in shuffled], what)
+
+
+def assert_within_the_spread(
+    got: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    shuffled: Sequence[dict[str, Tensor]],
+    what: str = "weights",
+) -> None:
+    """Numbers of one run are those of another, but for the order of their sums.
+
     A batch's gradient is a sum over its rows. In one process the rows may come in any order, and each
     order rounds otherwise; a run over several processes is one more order. So it may be as far from
     the run in one process as the furthest of 4 shuffled runs, times 8: the largest of four draws may
@@ -34,20 +53,10 @@ def assert_close(outcome: Outcome, plan: Plan, choices: bool = True) -> None:
     Distances are relative to the largest number of a tensor, and the spread is over all tensors of a
     kind: in a single one no order may have changed a bit.
     """
-    one = _alone(plan)
-    if choices:
-        _assert_same_choices(outcome, one)
-    shuffled = [list(_numbers(_alone(replace(plan, seed=seed)))) for seed in range(1, 5)]
-    for number, (what, expected) in enumerate(_numbers(one)):
-        got = list(_numbers(outcome))[number][1]
-        assert got.keys() == expected.keys(), what
-        if not expected:
-            continue
-        spread = max(max(_distances(s[number][1], expected).values()) for s in shuffled)
-        for name, off in _distances(got, expected).items():
-            assert off <= 8 * spread, (
-                f"{what} of {name}: is off by {off:.2g}, orders by {spread:.2g}"
-            )
+    assert got.keys() == expected.keys(), what
+    spread = max(max(_distances(s, expected).values(), default=0.0) for s in shuffled)
+    for name, off in _distances(got, expected).items():
+        assert off <= 8 * spread, f"{what} of {name}: is off by {off:.2g}, orders by {spread:.2g}"
 
 
 def _distances(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

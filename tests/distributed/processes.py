@@ -74,11 +74,14 @@ def _work(
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT / 2),
     )
+    status = 1
     try:
         torch.save(function(*args), folder / f"result-{rank}.pt")
-        dist.barrier()  # nobody tears the group down while another still uses it
+        dist.barrier()  # nobody leaves while another still talks to it
+        status = 0
     except BaseException:
         text = f"process {rank} of {world}:\n{traceback.format_exc()}"
         (folder / f"failure-{rank}").write_text(text)
-        os._exit(1)  # the others' collectives fail at once, rather than at their time-out
-    dist.destroy_process_group()
+    # Without destructors: a DDP model that outlives its group may wait for gloo's thread for ever (torch
+    # 2.13), and the others' collectives should fail at once, not at their time-out.
+    os._exit(status)
