@@ -21,8 +21,15 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-TIMEOUT = 60.0  # seconds; what the tests ask takes two
-_PRELOADED = ["torch", "bitsandbytes", "qsvd", "torch.distributed.fsdp", "tests.distributed.runs"]
+TIMEOUT = 120.0  # seconds; what the tests ask takes two on an idle machine
+_PRELOADED = [
+    "torch",
+    "bitsandbytes",
+    "qsvd",
+    "torch.distributed.fsdp",
+    "accelerate",
+    "tests.distributed.runs",
+]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(_PRELOADED)
 
