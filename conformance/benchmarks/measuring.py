@@ -18,12 +18,14 @@ from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.limit import Rates, least_work
 from conformance.benchmarks.memory import peak_bytes, saved_bytes
 from conformance.benchmarks.results import Entry, Record
+from conformance.benchmarks.stages import stages
 from conformance.benchmarks.timing import (
     calls_for,
     interleaved,
     median,
     quartiles,
     ratio_of_overheads,
+    wait,
 )
 
 
@@ -133,7 +135,7 @@ def measure(
         )
         limit = rates.seconds(least_work(scenario), scenario.product_dtype)
         entries = [
-            _entry(c, subjects[c.name], times, entered, limit, rates.device)
+            _entry(c, subjects[c.name], times, entered, limit, rates)
             for c in entered
             if c.name in subjects
         ]
@@ -185,7 +187,7 @@ def _entry(
     times: Mapping[str, list[float]],
     entered: Sequence[Contestant],
     limit: float,
-    device: torch.device,
+    rates: Rates,
 ) -> Entry:
     mine, base = times[contestant.name], times["base"]
     others = [c.name for c in entered if c.name in times and _is_compared(contestant, c)]
@@ -199,8 +201,9 @@ def _entry(
         time_over_base=median(mine) / median(base),
         overhead_over={other: ratio_of_overheads(mine, times[other], base) for other in others},
         saved_bytes=subject.saved_bytes(),
-        peak_bytes=peak_bytes(subject.step, device),
+        peak_bytes=peak_bytes(subject.step, rates.device),
         share_of_limit=least / median(mine),
+        stages=stages(subject.step, rates.clock, lambda: wait(rates.device)),
     )
 
 

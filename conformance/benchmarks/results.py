@@ -26,6 +26,17 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A step's operations of one kind: how many, their seconds, the bytes moved and the flops done."""
+
+    kind: str
+    operations: int
+    seconds: float
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Entry:
     """One contestant in one scenario.
 
@@ -34,6 +45,7 @@ class Entry:
         the other's cannot be told from nothing.
     saved_bytes: kept for backward, the layer's own tensors and its input not counted; None without a graph.
     share_of_limit: (base + the least time for the contract's work) / seconds.
+    stages: the operations of one call, the base layer's among them.
     """
 
     contestant: str
@@ -46,6 +58,7 @@ class Entry:
     saved_bytes: int | None
     peak_bytes: int
     share_of_limit: float
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,9 @@ def _record(data: dict[str, Any]) -> Record:
 
 def _entry(data: dict[str, Any]) -> Entry:
     over = {k: None if v is None else Ratio(**v) for k, v in data["overhead_over"].items()}
-    return Entry(**{**data, "overhead_over": over, "quartiles": tuple(data["quartiles"])})
+    stages = tuple(Stage(**s) for s in data["stages"])
+    quartiles = tuple(data["quartiles"])
+    return Entry(**{**data, "overhead_over": over, "quartiles": quartiles, "stages": stages})
 
 
 def _allocators(data: dict[str, Any]) -> AllocatorRecord:

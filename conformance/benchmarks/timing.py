@@ -71,7 +71,7 @@ def _round(
 ) -> dict[str, float]:
     taken = {}
     for name in order:
-        _wait(device)
+        wait(device)
         if device.type == "cuda":
             taken[name] = _on_cuda(steps[name], calls)
             continue
@@ -98,15 +98,16 @@ def calls_for(step: Step, device: torch.device, clock: Clock, enough: float = 5e
     """How many calls take so many seconds, at least one: a turn that is over sooner is all noise."""
     taken = []
     for _ in range(4):
-        _wait(device)
+        wait(device)
         start = clock()
         step()
-        _wait(device)
+        wait(device)
         taken.append(clock() - start)
     return max(1, round(enough / max(min(taken[1:]), 1e-7)))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
