@@ -102,12 +102,13 @@ def measure_allocators(
             clock=rates.clock,
         )
     by_part = {part: {c.name: times[f"{part} {c.name}"] for c in entered} for part in PARTS}
+    kept = {name: of() for name, of in states.items()}
     record = AllocatorRecord(
         adapters=blocks * len(shapes),
         rank=RANK,
         shapes=shapes,
         rounds=len(next(iter(times.values()), [])),
-        entries=tuple(_entry(c, by_part, states[c.name]()) for c in entered),
+        entries=tuple(_entry(c, by_part, kept) for c in entered),
     )
     return record, by_part
 
@@ -147,7 +148,9 @@ def _steps(contestant: AllocatorContestant, model: nn.Module, allocator: Any) ->
 
 
 def _entry(
-    contestant: AllocatorContestant, times: dict[str, dict[str, list[float]]], state: int
+    contestant: AllocatorContestant,
+    times: dict[str, dict[str, list[float]]],
+    kept: dict[str, int],
 ) -> AllocatorEntry:
     name = contestant.name
     seconds = {part: median(times[part][name]) for part in PARTS}
@@ -163,10 +166,11 @@ def _entry(
         step_seconds=seconds["step"],
         allocating_step_seconds=seconds["masking"],
         penalty_seconds=seconds["penalty"],
-        state_bytes=state,
+        state_bytes=kept[name],
         step_over=over["step"],
         allocating_step_over=over["masking"],
         penalty_over=over["penalty"],
+        state_over={o: kept[name] / size for o, size in kept.items() if o != name and size},
     )
 
 

@@ -103,6 +103,7 @@ class AllocatorEntry:
     step_over: Mapping[str, float]
     allocating_step_over: Mapping[str, float]
     penalty_over: Mapping[str, float]
+    state_over: Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -142,3 +142,11 @@ def reached(results: Results) -> list[Reached]:
                 if value is not None:
                     found.append(Reached(target, entry.contestant, record.scenario, value))
     return found
+
+
+# Of a port's allocator over PEFT's: the sentence, the most, and the field that has it.
+ALLOCATOR_TARGETS = (
+    ("rank allocator: importance and masking, time over PEFT's", 0.35, "allocating_step_over"),
+    ("rank allocator: state over PEFT's", 0.7, "state_over"),
+    ("orthogonal penalty: time over PEFT's", 0.5, "penalty_over"),
+)
