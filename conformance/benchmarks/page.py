@@ -78,16 +78,28 @@ def write(folder: Path) -> list[Path]:
     """
     results = read_results(folder / "performance" / "results.json")
     tried = tomllib.loads((folder / "performance" / "tried.toml").read_text(encoding="utf-8"))
-    derived = folder / "performance" / "cuda.json"
-    cuda = json.loads(derived.read_text(encoding="utf-8")) if derived.exists() else None
+    cuda = _if_there(folder / "performance" / "cuda.json")
+    primitives = _if_there(folder / "performance" / "primitives.json") or {}
     page, image = folder / "performance.md", folder / "performance" / "overhead.svg"
-    page.write_text(render(results, tried, cuda), encoding="utf-8")
+    page.write_text(render(results, tried, cuda, primitives), encoding="utf-8")
     image.write_text(picture(results), encoding="utf-8")
     return [page, image]
 
 
-def render(results: Results, tried: Mapping[str, Any], cuda: Mapping[str, Any] | None) -> str:
-    """The page's text."""
+def render(
+    results: Results,
+    tried: Mapping[str, Any],
+    cuda: Mapping[str, Any] | None,
+    primitives: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The page's text.
+
+    Args:
+        results: of a run.
+        tried: tried.toml.
+        cuda: what `tests.traffic` derived, if it did.
+        primitives: figures of `tests.primitives`, which the ideas' results quote by name.
+    """
     parts = [
         _HEAD,
         _setting(results),
@@ -104,13 +116,17 @@ def render(results: Results, tried: Mapping[str, Any], cuda: Mapping[str, Any] |
         *(_allocators(record) for record in results.allocators),
         _CUDA.format(**cuda["rates"]) + "\n" + _cuda(cuda) if cuda else "",
         "## What was tried\n",
-        _tried(tried),
+        _tried(tried, primitives),
         "## Again\n",
         "```console",
         *tried["again"],
         "```",
     ]
     return "\n".join(part for part in parts if part) + "\n"
+
+
+def _if_there(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -306,8 +322,11 @@ def _cuda(cuda: Mapping[str, Any]) -> str:
     return table(headings, rows)
 
 
-def _tried(tried: Mapping[str, Any]) -> str:
-    rows = [[t["idea"], t["prediction"], t["result"], t["kept"]] for t in tried["tried"]]
-    lines = ["| idea | prediction | result | kept |", "|---|---|---|---|"]
+def _tried(tried: Mapping[str, Any], primitives: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [
+        [t["idea"], t["prediction"], t["result"].format_map(primitives), t["kept"]]
+        for t in tried["tried"]
+    ]
+    lines = ["| idea | expected | result | kept |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([tried["about"], "", *lines]) + "\n"

@@ -28,7 +28,9 @@ from conformance.benchmarks.stages import KINDS, Trace, beyond, stages
 DOCS = Path(__file__).parents[2] / "docs"
 TRIED = {
     "about": "Ideas.",
-    "tried": [{"idea": "an idea", "prediction": "half", "result": "double", "kept": "no"}],
+    "tried": [
+        {"idea": "an idea", "prediction": "half", "result": "double, {small[one]}", "kept": "no"}
+    ],
     "again": ["pytest conformance/benchmarks"],
 }
 
@@ -104,12 +106,12 @@ def made_up(bf16: Scenario) -> Results:
 
 
 def test_without_peft_and_cuda_the_page_is_whole_all_the_same() -> None:
-    text = render(made_up(Scenario()), TRIED, None)
+    text = render(made_up(Scenario()), TRIED, None, {"small": {"one": 1.5}})
 
     assert "| `4bit-bf16-512x1024x1024-r8-step` | 1e+03 | 1.25 | mine <1> | 1.50 |" in text
     assert "left out: not provided" in text
     assert "not measured" in text
-    assert "| an idea | half | double | no |" in text
+    assert "| an idea | half | double, 1.5 | no |" in text
     assert "1.0 GB/s over 1 MiB" in text
     assert "| mine | 1000 | 2000 | 3000 | 0 |" in text
 

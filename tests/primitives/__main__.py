@@ -1,0 +1,174 @@
+"""`python -m tests.primitives`: the measurements that decided how the layers compute.
+
+They are written to docs/performance/primitives.json.
+
+Each is one question with its alternatives, in turns, on one thread and the processor's own clock: what
+docs/performance/tried.toml tells of is what came of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout
+
+from conformance.benchmarks.contestants import base_alone, build, make_base, of_port
+from conformance.benchmarks.grid import Scenario
+from conformance.benchmarks.measuring import Subject
+from conformance.benchmarks.timing import calls_for, interleaved, median
+from conformance.port import load_port
+from qsvd import _dropout, _products
+
+TARGET = Path(__file__).parents[2] / "docs" / "performance" / "primitives.json"
+CPU = torch.device("cpu")
+N, D, R = 2048, 1024, 8
+Alternatives = Mapping[str, Callable[[], object]]
+
+
+def orientation(dtype: torch.dtype) -> Alternatives:
+    """A skinny factor on the left or on the right of the data."""
+    x, Q, h = torch.randn(N, D, dtype=dtype), torch.randn(R, D, dtype=dtype), torch.randn(R, N)
+    h = h.to(dtype)
+    return {
+        "Q @ x.T": lambda: Q @ x.T,
+        "x @ Q.T": lambda: x @ Q.T,
+        "h @ x": lambda: h @ x,
+        "x.T @ h.T": lambda: x.T @ h.T,
+    }
+
+
+def few_rows(n: int) -> Alternatives:
+    """Both products of a forward pass over n rows of bf16, in bf16 or widened to fp32."""
+    x, base = torch.randn(n, D).bfloat16(), torch.randn(n, D).bfloat16()
+    Q, BT = torch.randn(R, D), torch.randn(R, D)
+
+    def half() -> Tensor:
+        h = Q.bfloat16() @ x.T
+        return torch.addmm(base, h.T, BT.bfloat16())
+
+    def wide() -> Tensor:
+        h = Q @ x.float().T
+        return torch.addmm(base.float(), h.T, BT).bfloat16()
+
+    return {"bf16": half, "fp32": wide}
+
+
+def block_size() -> Alternatives:
+    """A step of the whole layer, by the fp32 elements of a block in its backward pass."""
+    scenario = Scenario(tokens=N, in_features=D, out_features=D, rank=R)
+    layer = build(of_port(load_port("qsvd"), "qsvd"), make_base(scenario, CPU), scenario)
+    subject = Subject(layer, scenario, CPU)
+
+    def with_blocks(elements: int) -> Callable[[], None]:
+        def step() -> None:
+            _products._BLOCK_ELEMENTS = elements
+            subject.step()
+
+        return step
+
+    sizes = {f"{2**k * 4 // 2**10} KiB": with_blocks(2**k) for k in (15, 16, 18, 20, 22)}
+    base = Subject(build(base_alone("0"), make_base(scenario, CPU), scenario), scenario, CPU)
+    return {"base alone": base.step, **sizes}
+
+
+def drawing() -> Alternatives:
+    """A mask of N * D elements."""
+    x = torch.randn(N, D).bfloat16()
+    size = N * D
+    return {
+        "dropout(x)": lambda: dropout(x, 0.1),
+        "bernoulli_ into bytes": lambda: torch.empty(size, dtype=torch.uint8).bernoulli_(0.9),
+        "half a random word each": lambda: _dropout._kept(size, 0.9, CPU),
+    }
+
+
+def packing() -> Alternatives:
+    """Eight bytes of 0 and 1 into one of eight bits, and back."""
+    kept = _dropout._kept(N * D, 0.9, CPU)
+    mask = _dropout._packed(kept)
+    return {
+        "pack": lambda: _dropout._packed(kept),
+        "unpack": lambda: _dropout.unpacked(mask, N, D),
+    }
+
+
+def masking() -> Alternatives:
+    """x times a mask of bytes, bf16."""
+    x = torch.randn(N, D).bfloat16()
+    keep = torch.empty(N, D, dtype=torch.uint8).bernoulli_(0.9)
+    truth = keep.bool()
+    return {
+        "x * bytes": lambda: x * keep,
+        "x * bool": lambda: x * truth,
+        "where": lambda: torch.where(truth, x, 0.0),
+        "masked_fill": lambda: x.masked_fill(truth, 0.0),
+    }
+
+
+def plain_operations() -> Alternatives:
+    """Forward and backward of the adapter alone: ordinary operations, or one autograd function."""
+    from qsvd._arithmetic import add_adapter
+
+    x, base = torch.randn(N, D).bfloat16(), torch.randn(N, D).bfloat16()
+    A, E, B = (torch.randn(*s).requires_grad_(True) for s in ((R, D), (R, 1), (D, R)))
+    c, dy = torch.ones(1), torch.randn(N, D).bfloat16()
+
+    def step(update: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            y = update(base.detach().requires_grad_(True), x.detach().requires_grad_(True))
+            y.backward(dy)
+            A.grad = E.grad = B.grad = None
+
+        return run
+
+    def peft(base: Tensor, x: Tensor) -> Tensor:
+        return base + ((x.float() @ (A * E).T @ B.T) * c).to(base.dtype)
+
+    def folded(base: Tensor, x: Tensor) -> Tensor:
+        return torch.addmm(base, x @ (A * (E * c)).T.to(x.dtype), B.T.to(x.dtype))
+
+    return {
+        "fp32 copy of x, as PEFT": step(peft),
+        "folded, bf16 products": step(folded),
+        "one function, fp32 gradients": step(lambda b, x: add_adapter(b, x, A, E, B, c)),
+    }
+
+
+EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
+    "orientation_fp32": lambda: orientation(torch.float32),
+    "orientation_bf16": lambda: orientation(torch.bfloat16),
+    "one_row": lambda: few_rows(1),
+    "sixteen_rows": lambda: few_rows(16),
+    "many_rows": lambda: few_rows(N),
+    "block_size": block_size,
+    "drawing": drawing,
+    "packing": packing,
+    "masking": masking,
+    "plain_operations": plain_operations,
+}
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    found = {name: milliseconds(make()) for name, make in EXPERIMENTS.items()}
+    TARGET.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(TARGET)
+    return 0
+
+
+def milliseconds(steps: Alternatives) -> dict[str, float]:
+    """The median of each, in turns."""
+    clock = time.process_time
+    calls = min(calls_for(step, CPU, clock) for step in steps.values())
+    times = interleaved(steps, seconds=5.0, least_rounds=15, device=CPU, calls=calls, clock=clock)
+    return {name: float(f"{1e3 * median(taken):.3g}") for name, taken in times.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
