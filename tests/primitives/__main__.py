@@ -140,6 +140,14 @@ def plain_operations() -> Alternatives:
     }
 
 
+def accuracy() -> dict[str, float]:
+    """How far the gradient of Q is off, over its norm: P @ x with P rounded to bf16, or x widened."""
+    P, x = torch.randn(R, N), torch.randn(N, D).bfloat16()
+    exact = P.double() @ x.double()
+    found = {"bf16": (P.bfloat16() @ x).double(), "fp32": (P @ x.float()).double()}
+    return {k: float(f"{(v - exact).norm() / exact.norm():.1g}") for k, v in found.items()}
+
+
 EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "orientation_fp32": lambda: orientation(torch.float32),
     "orientation_bf16": lambda: orientation(torch.bfloat16),
@@ -157,6 +165,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
 def main() -> int:
     torch.set_num_threads(1)
     found = {name: milliseconds(make()) for name, make in EXPERIMENTS.items()}
+    found["accuracy"] = accuracy()
     TARGET.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(TARGET)
     return 0
