@@ -140,6 +140,17 @@ def check_script(arguments: list[str]) -> None:
         raise CommandError(f"there is no {arguments[0]}")
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    """`torchrun OPTIONS SCRIPT ...`, with torchrun's own options, of a file that is here."""
+    from torch.distributed.run import get_args_parser
+
+    try:
+        options = get_args_parser().parse_args(arguments)
+    except SystemExit as error:
+        raise CommandError(f"torchrun does not understand {arguments}") from error
+    check_script([options.training_script])
+
+
 def check_vectors(arguments: list[str]) -> None:
     """`python -m conformance.vectors write|check ...`."""
     try:
@@ -157,6 +168,7 @@ _CHECKERS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "-m", "pip", "install"): check_pip,
     ("pip", "install"): check_pip,
     ("python", "-m", "conformance.vectors"): check_vectors,
+    ("torchrun",): check_torchrun,
     ("python",): check_script,
 }
 

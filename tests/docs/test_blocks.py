@@ -42,6 +42,8 @@ def test_the_commands_of_a_verdict_are_understood(page: str) -> None:
         "pytest conformance '--case={}'",
         "pytest conformance --no-such-option",
         "python no_such_script.py",
+        "torchrun --nproc-per-node 2 no_such_script.py",
+        "torchrun --no-such-option examples/distributed.py",
         "python -m pip install '.[no-such-extra]'",
         "python -m conformance.vectors wrote vectors",
         "make",
