@@ -143,7 +143,12 @@ class RankAllocatorCallback(TrainerCallback):  # type: ignore[misc]
                 "that was saved with this callback."
             )
         if args.deepspeed:
-            raise ValueError("DeepSpeed keeps the gradients to itself: use DDP or FSDP2.")
+            raise ValueError("DeepSpeed keeps the gradients to itself: use DDP.")
+        if args.fsdp:
+            raise ValueError(
+                "Under FSDP the Trainer saves on one process alone, which holds a shard of the adapter: "
+                "use DDP, or FSDP2 in a loop of your own."
+            )
         if args.fp16 and not args.max_grad_norm and config.orth_reg_weight:
             raise ValueError(
                 "With fp16 and no clipping the gradients are still scaled where the penalty would "

@@ -1,4 +1,4 @@
-"""A function run by several processes of one gloo group, and what each of them returned.
+"""A function run by several processes of one gloo group, or a script under torchrun, and what they say.
 
 The processes are forked from a server that has imported torch and bitsandbytes once, so a group of four
 starts in half a second. They meet over a file, so no port is chosen by us, and a process that
@@ -10,6 +10,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -65,6 +68,34 @@ def run(
         died = {r: p.exitcode for r, p in enumerate(processes) if p.exitcode}
         assert not died, f"processes died, by rank: {died}"
         return [torch.load(folder / f"result-{r}.pt", weights_only=False) for r in range(world)]
+
+
+def torchrun(world: int, script: Path, *arguments: str, gpus: bool = False) -> tuple[str, str]:
+    """What a script prints, to both streams, under torchrun.
+
+    Raises:
+        AssertionError: if it fails, with what it printed.
+    """
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    options = ["--standalone", "--max-restarts=2", f"--nproc-per-node={world}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(root / script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        out, err = process.communicate(timeout=2 * TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # on which it ends the processes that it has started
+        process.communicate(timeout=TIMEOUT)
+        raise
+    assert process.returncode == 0, err
+    return out, err
 
 
 def _work(

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import qsvd
 from qsvd import RankAllocator
@@ -171,6 +172,34 @@ def test_a_failed_save_fails_everywhere(tmp_path: Path) -> None:
     first, second = run(2, _unwritable, tmp_path)
     assert first.startswith("NotADirectoryError")
     assert second.startswith("RuntimeError: The first process failed: NotADirectoryError")
+
+
+class _Checkpointed(nn.Module):
+    """The model, the activations of its blocks computed again in the backward pass."""
+
+    def __init__(self, model: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_(True)
+        for block in self.model.layers:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.model.lm_head(x)
+
+
+def _checkpointed(reentrant: bool, options: dict[str, Any]) -> Outcome:
+    inner = adapted(PLAN)
+    model = DistributedDataParallel(_Checkpointed(inner, reentrant), **options)
+    allocator, optimizer = RankAllocator(inner, PLAN.config), optimizer_of(PLAN, inner)
+    outcome = train(PLAN, model, allocator, optimizer, range(1, 9), dist.get_rank(), 2)
+    return replace(outcome, weights=runs.weights_of(inner))
+
+
+@pytest.mark.parametrize(("reentrant", "options"), [(False, {}), (True, {"static_graph": True})])
+def test_checkpointed_activations_change_nothing(reentrant: bool, options: dict[str, Any]) -> None:
+    for other in run(2, _checkpointed, reentrant, options):
+        assert_equal(alone(replace(PLAN, pieces=2)), other)
 
 
 def _pruned_to_nothing(folder: Path, penalty: float) -> dict[str, Any]:

@@ -5,10 +5,6 @@ What runs is examples/distributed.py.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +16,15 @@ from torch import Tensor
 import qsvd
 from examples import distributed as example
 from tests.distributed.compare import assert_within_the_spread
-from tests.distributed.processes import run
+from tests.distributed.processes import run, torchrun
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path("examples", "distributed.py")
 STEPS, HALF = 16, 8
 
 
 def _trained(folder: Path, engine: str, until: int, seed: int = 0) -> dict[str, Any]:
     """The example up to a step, the rows of its batches in any order."""
+    example.device = lambda: torch.device("cpu")
     if seed:
         straight = example.batch
 
@@ -49,6 +46,11 @@ def _saved(folder: Path) -> dict[str, Any]:
         "weights": load_file(checkpoint / "adapter_model.safetensors"),
         "kept": training["allocator"]["rank_pattern"],
     }
+
+
+@pytest.fixture(autouse=True)
+def _loaded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example, "device", lambda: torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -96,28 +98,28 @@ def test_what_two_processes_saved_others_go_on_with(
     assert {n: m.r["default"] for n, m in qsvd.adapted_layers(loaded).items()} == expected["ranks"]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_example_runs_over_nccl(engine: str, tmp_path: Path) -> None:
+    arguments = (f"--engine={engine}", f"--folder={tmp_path}", "--die-at=11")
+
+    out, _ = torchrun(2, SCRIPT, *arguments, gpus=True)
+
+    assert "restarts: 1" in out
+    loaded = qsvd.load_adapter(example.load_base(), tmp_path / "adapter")
+    ranks = {name: layer.r["default"] for name, layer in qsvd.adapted_layers(loaded).items()}
+    assert sum(ranks.values()) == example.CONFIG.target_r * 6
+    assert f"ranks: {ranks}" in out
+
+
 def test_torchrun_restarts_a_run_in_which_a_process_was_killed(
     uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     """SIGKILL at step 11, so that three steps after the last checkpoint are lost and done again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2"]
-    script = [str(ROOT / "examples" / "distributed.py"), "--engine=ddp", f"--folder={tmp_path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--nproc-per-node=2", *script, "--die-at=11"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        out, err = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # on which it ends the processes that it has started
-        process.communicate(timeout=60)
-        raise
+    arguments = ("--engine=ddp", f"--folder={tmp_path}", "--die-at=11")
 
-    assert process.returncode == 0, err
+    out, err = torchrun(2, SCRIPT, *arguments)
+
     assert "exitcode: -9" in err  # it was killed
     assert f"restarts: 1, ranks: {uninterrupted['two']['ranks']}" in out
     for name, weight in _saved(tmp_path)["weights"].items():

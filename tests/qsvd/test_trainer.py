@@ -202,6 +202,7 @@ def test_detach_makes_the_model_transformers_own_again(folder: Path, tmp_path: P
     [
         ({"max_steps": 5}, "will take 5 optimizer steps, and the budget falls until step 9"),
         ({"deepspeed": True}, "DeepSpeed keeps"),
+        ({"fsdp": "full_shard"}, "holds a shard of the adapter: use DDP"),
         ({"fp16": True, "max_grad_norm": 0.0}, "set `max_grad_norm`"),
     ],
 )
@@ -211,7 +212,7 @@ def test_a_run_that_cannot_end_well_is_refused(
     from types import SimpleNamespace
 
     _, callback = prepared(folder)
-    given = {"deepspeed": None, "fp16": False, "max_grad_norm": 1.0, **options}
+    given = {"deepspeed": None, "fsdp": None, "fp16": False, "max_grad_norm": 1.0, **options}
     state = SimpleNamespace(max_steps=given.pop("max_steps", STEPS), global_step=0)
     with pytest.raises(ValueError, match=message):
         callback.on_train_begin(SimpleNamespace(**given), state, None)
