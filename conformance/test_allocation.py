@@ -351,7 +351,8 @@ def _facts(scene: Scene) -> dict[str, Any]:
     }
     for index, layer in enumerate(scene.layers):
         for name in ("r", "scaling", "lora_alpha", "active_adapters", "training"):
-            facts[f"layers.{index}.{name}"] = copy.copy(getattr(layer, name))
+            # One that a layer lacks is the business of ADPT-8.
+            facts[f"layers.{index}.{name}"] = copy.copy(getattr(layer, name, None))
     return facts
 
 

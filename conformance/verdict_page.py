@@ -21,8 +21,9 @@ behind a translation of its constructors alone
 ([conformance/ports/peft.py](../conformance/ports/peft.py)).
 """
 _LEGEND = """`·` passes, `✗` fails in both layers, `4` or `8` fails in that layer alone, `s` was not asked on
-this machine (skipped), and an empty cell is a clause that is younger than the record. \
-Each port's title leads to its failures, with a command that shows each again.
+this machine (skipped), `–` is about what the port does not offer, and an empty cell is a clause that is \
+younger than the record. Each port's title leads to its failures, with a command that shows each \
+again.
 """
 
 
@@ -141,6 +142,8 @@ def _cell(asked: Sequence[Finding]) -> str:
         return "✗"
     if failed:
         return failed[0][0]
+    if all(f.status == "not-provided" for f in asked):
+        return "–"
     return "·" if _decided(asked) else "s"
 
 
