@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_count, check_known_names
 from qsvd._config import AdaLoraConfig
-from qsvd._distributed import Peers, local, placed, reshard, unwrapped
+from qsvd._distributed import Peers, is_shard, local, placed, reshard, unwrapped
 from qsvd._gathering import gathered, whole
 from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
 from qsvd._layer import SVDLayer
@@ -218,17 +218,23 @@ class RankAllocator:
     def _scores(self) -> list[Tensor]:
         """S (r,) of each layer; zero while none of its weights was observed."""
         weights = self._weights()
-        importances = gathered(
-            [
-                local(self._means[k]) * local(self._uncertainties[k])
-                if k in self._means
-                else torch.zeros_like(local(w))
-                for k, w in weights.items()
-            ],
-            like=list(weights.values()),
-        )
-        layers = [importances[i : i + len(_PARTS)] for i in range(0, len(weights), len(_PARTS))]
-        return [triplet_importance(a, e, b) for a, e, b in layers]
+        names = list(weights)
+        layers = [names[i : i + len(_PARTS)] for i in range(0, len(names), len(_PARTS))]
+        if any(is_shard(w) for w in weights.values()):
+            rows = [self._importance(name, w) for name, w in weights.items()]
+            whole = dict(zip(weights, gathered(rows, like=list(weights.values())), strict=True))
+            return [triplet_importance(*(whole[name] for name in layer)) for layer in layers]
+        # A layer at a time: products of all would be as large as an average.
+        return [
+            triplet_importance(*(self._importance(name, weights[name]) for name in layer))
+            for layer in layers
+        ]
+
+    def _importance(self, name: str, weight: Tensor) -> Tensor:
+        """s of each element of a weight that this process holds."""
+        if name not in self._means:
+            return torch.zeros_like(local(weight))
+        return local(self._means[name]) * local(self._uncertainties[name])
 
     def _mask(self) -> None:
         assert self._keep is not None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from qsvd._checks import check_known_names
 from qsvd._gathering import whole
 from qsvd._layer import SVDLayer
+
+# Factors that share a node of the graph: enough that the node costs little.
+_GROUP = 8
 
 
 def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
@@ -30,8 +36,8 @@ def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tenso
     """
     factors = _factors(model, adapter_name)
     device = factors[0].device
-    terms = [_distance(factor).to(device) for factor in factors]
-    return torch.stack(terms).mean()
+    distances = [_distances(group).to(device) for group in _groups(factors)]
+    return torch.cat(distances).mean()
 
 
 def _factors(model: nn.Module, adapter_name: str) -> list[Tensor]:
@@ -44,9 +50,59 @@ def _factors(model: nn.Module, adapter_name: str) -> list[Tensor]:
     return [f.T if i % 2 else f for i, f in enumerate(factors)]
 
 
-def _distance(factor: Tensor) -> Tensor:
-    """||F F^T - I||_F of F (r, n)."""
-    with torch.autocast(factor.device.type, enabled=False):
-        gram = factor @ factor.T  # r, r
-        distance: Tensor = torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device))
-        return distance
+def _distances(factors: Sequence[Tensor]) -> Tensor:
+    """||F F^T - I||_F of each F (r, n), (len(factors),); all have one rank and device."""
+    with torch.autocast(factors[0].device.type, enabled=False):
+        apply: Any = _Distances.apply
+        distances: Tensor = apply(*factors)[0]
+        return distances
+
+
+class _Distances(torch.autograd.Function):
+    """||D||_F with D = F F^T - I of several F, and all D, which are not to be differentiated.
+
+    D is symmetric, so that the gradient is 2 D F / ||D||: one product of F's size, where autograd
+    makes two of F F^T and adds them.
+    """
+
+    @staticmethod
+    def forward(*factors: Tensor) -> tuple[Tensor, Tensor]:
+        D = torch.stack([F @ F.T for F in factors])  # factors, r, r
+        D.diagonal(dim1=1, dim2=2).sub_(1.0)
+        return torch.linalg.vector_norm(D, dim=(1, 2)), D
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        distances, D = output
+        ctx.mark_non_differentiable(D)
+        ctx.save_for_backward(distances, D, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        distances, D, *factors = ctx.saved_tensors
+        with torch.autocast(D.device.type, enabled=False):
+            if torch.is_grad_enabled():  # a second derivative: D is a function of F again
+                identity = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
+                D = torch.stack([F @ F.T for F in factors]) - identity
+                distances = torch.linalg.vector_norm(D, dim=(1, 2))
+            # Where F is orthonormal D is zero, and so is the gradient.
+            scale = 2.0 * dy / distances.clamp(min=torch.finfo(D.dtype).tiny)
+            pushes = D * scale[:, None, None]
+            return tuple(push @ F for push, F in zip(pushes, factors, strict=True))
+
+
+def _groups(factors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive factors of one rank and device, not many: their gradients exist all at once."""
+    group: list[Tensor] = []
+    for factor in factors:
+        if group and (
+            len(group) == _GROUP
+            or len(factor) != len(group[0])
+            or factor.device != group[0].device
+            or factor.dtype != group[0].dtype
+        ):
+            yield group
+            group = []
+        group.append(factor)
+    if group:
+        yield group
