@@ -123,7 +123,7 @@ same first values. `accelerate`d is PEFT's model, its layers computing as qsvd's
 | | last loss, {WINDOW} steps | recall, held out | CPU seconds a step | of `qsvd`'s | memory |
 |---|---:|---:|---:|---:|---:|"""
     for engine, name in NAMES.items():
-        learnt = "| |"
+        learnt = "| | |"
         if engine in runs:
             history = runs[engine][0].history
             learnt = f"| {history.mean_loss(-WINDOW):.4f} | {history.recall_after:.3f} |"
@@ -136,6 +136,8 @@ Loss and recall are those of seed 0. Time is what a process itself took of the C
 ratios. Memory is the peak of the resident size in {MEMORY_STEPS} steps, above what it was before the
 adapters were made. The model computes in fp32, where PEFT has no need of the fp32 copies of inputs that
 it makes in bf16 and fp16."""
+    if len(runs) < len(NAMES):
+        yield "Where the loss is left out, only time and memory were measured."
 
 
 def noise(runs: Mapping[str, Sequence[Run]]) -> Iterator[str]:
