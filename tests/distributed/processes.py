@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from tqdm import tqdm
 
 TIMEOUT = 120.0  # seconds; what the tests ask takes two on an idle machine
 _PRELOADED = [
@@ -102,6 +104,7 @@ def _work(
     folder: Path, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which `os._exit` would leave behind
     torch.set_num_threads(1)
     torch.manual_seed(20260101)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
