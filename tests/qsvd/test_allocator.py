@@ -16,7 +16,6 @@ from qsvd import AdaLoraConfig, RankAllocator
 from tests.qsvd.models import WIDTH, stack
 
 PARTS = ("lora_A", "lora_E", "lora_B")
-U32 = 2.0**-24
 
 
 def config(**given: Any) -> AdaLoraConfig:
@@ -55,29 +54,33 @@ def set_gradients(model: nn.Module, step: int) -> None:
 
 
 class Reference:
-    """The reference allocator run beside, in float64."""
+    """The reference allocator run beside, in float64, with its bounds."""
 
     def __init__(self, model: nn.Module, settings: AdaLoraConfig) -> None:
         self.settings = settings
-        zeros = {k: np.zeros(tuple(w.shape)) for k, w in weights(model).items()}
-        self.averages = {k: reference.Averages(z, z) for k, z in zeros.items()}
+        self.seen = {k: reference.unobserved(tuple(w.shape)) for k, w in weights(model).items()}
 
     def observe(self, model: nn.Module) -> None:
         for key, weight in weights(model).items():
             assert weight.grad is not None
-            self.averages[key] = reference.update_averages(
-                self.averages[key],
+            self.seen[key] = reference.observe(
+                self.seen[key],
                 _array(weight),
                 _array(weight.grad),
                 self.settings.beta1,
                 self.settings.beta2,
             )
 
-    def scores(self, model: nn.Module) -> list[Any]:
+    def scores(self, model: nn.Module) -> list[reference.Bounded]:
         return [
-            reference.triplet_importance(*(self.averages[f"{n}.{part}"] for part in PARTS))
+            reference.bound_importance(*(self.seen[f"{n}.{part}"] for part in PARTS))
             for n in qsvd.adapted_layers(model)
         ]
+
+
+def within(got: Any, expected: Any, bound: Any) -> bool:
+    """Every element is as near as its bound says."""
+    return bool((np.abs(got - expected) <= bound).all())
 
 
 def _array(t: Tensor) -> Any:
@@ -97,29 +100,27 @@ def test_a_run_follows_the_reference() -> None:
 
         assert budget == reference.budget(step, **schedule)
         if 2 < step <= 16:
-            kept = [k.tolist() for k in reference.most_important(beside.scores(model), budget)]
+            scores = [score.value for score in beside.scores(model)]
+            kept = [k.tolist() for k in reference.most_important(scores, budget)]
             assert list((allocator.rank_pattern or {}).values()) == kept
     assert sum(allocator.ranks.values()) == final
 
 
-def test_the_averages_are_the_references_within_their_rounding() -> None:
+def test_averages_and_scores_are_within_the_references_bounds() -> None:
     model, allocator = adapted()
     beside = Reference(model, allocator.config)
-    steps = 8
-    for step in range(steps):
+    for step in range(8):
         set_gradients(model, step)
         beside.observe(model)
         allocator.step(0)
 
     state = allocator.state_dict()
-    for key, expected in beside.averages.items():
-        # A step rounds the product, the difference, the weighted difference and the sum: at most five
-        # roundings of numbers no larger than the largest product so far; those of the mean enter the
-        # deviation again. The weight 1 - beta is rounded once more.
-        largest = np.abs(expected.mean).max() / (1 - 0.85**steps) * 20
-        bound = 12 * steps * U32 * largest
-        for what, value in zip(("means", "uncertainties"), expected, strict=True):
-            assert np.abs(_array(state[what][key]) - value).max() <= bound, key
+    for key, ((mean, uncertainty), mean_error, uncertainty_error) in beside.seen.items():
+        assert within(_array(state["means"][key]), mean, mean_error), key
+        assert within(_array(state["uncertainties"][key]), uncertainty, uncertainty_error), key
+    for got, (score, bound) in zip(allocator._scores(), beside.scores(model), strict=True):
+        assert within(_array(got), score, bound)
+        assert bound.max() < 1e-4 * score.max()  # sanity check: it says something
 
 
 def test_it_chooses_as_peft_does_where_peft_is_right() -> None:
@@ -347,16 +348,14 @@ def test_the_penalty_is_the_references() -> None:
 
     layers = qsvd.adapted_layers(model).values()
     factors = [f for m in layers for f in (m.lora_A["default"], m.lora_B["default"].T)]
-    expected, gradients = reference.orthogonal_penalty([_array(f) for f in factors])
-    # Sums of WIDTH products, r^2 squares, a root, a mean of 8: far fewer than 256 roundings each.
-    assert abs(penalty.item() - expected) <= 256 * U32 * expected
-    for layer, dA, dBT in zip(layers, gradients[::2], gradients[1::2], strict=True):
-        for got, wanted in (
-            (layer.lora_A["default"].grad, dA),
-            (layer.lora_B["default"].grad, dBT.T),
-        ):
-            assert got is not None
-            assert np.abs(_array(got) - wanted).max() <= 256 * U32 * np.abs(wanted).max()
+    value, slopes = reference.bound_penalty([_array(f) for f in factors])
+    assert within(penalty.item(), *value)
+    for layer, dA, dBT in zip(layers, slopes[::2], slopes[1::2], strict=True):
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        assert A.grad is not None
+        assert B.grad is not None
+        assert within(_array(A.grad), *dA)
+        assert within(_array(B.grad).T, *dBT)
 
 
 def test_the_penalty_of_an_unknown_adapter_is_refused() -> None:
