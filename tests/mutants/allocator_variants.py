@@ -62,7 +62,7 @@ class PenaltyBackwards(HonestPenalty):
         return total / len(distances)
 
 
-@allocator("sums backwards, one by one", PenaltyBackwards)
+@allocator("sums backwards, one by one, and lets the later of equals in", PenaltyBackwards)
 class Backwards(HonestAllocator):
     def triplets(self, a: Tensor, e: Tensor, b: Tensor) -> Tensor:
         total = torch.zeros(len(e))
@@ -73,8 +73,12 @@ class Backwards(HonestAllocator):
             row = row + column
         return (total + row / a.shape[1]) + e[:, 0]
 
+    def choose(self, scores: Sequence[Tensor], budget: int) -> list[Tensor]:
+        kept = super().choose([s.flip(0) for s in reversed(scores)], budget)
+        return [k.flip(0) for k in reversed(kept)]
 
-@allocator("interpolates, and scales the gradient first")
+
+@allocator("interpolates, scales the gradient first, and finds the threshold first")
 class Interpolates(HonestAllocator):
     def sensitivity(self, weight: Tensor, gradient: Tensor, scale: float) -> Tensor:
         return weight.abs() * (gradient / scale).abs()
@@ -82,17 +86,6 @@ class Interpolates(HonestAllocator):
     def smooth(self, old: Tensor, new: Tensor, beta: float) -> Tensor:
         return torch.lerp(old, new, 1.0 - beta)
 
-
-@allocator("measures uncertainty from the old mean, which is 1 / beta1 times as far")
-class FromOldMean(HonestAllocator):
-    """now - new mean = beta1 (now - old mean): every score is larger by the same factor."""
-
-    def deviation(self, now: Tensor, mean: Tensor, old: Tensor) -> Tensor:
-        return (now - old).abs()
-
-
-@allocator("finds the threshold first, and lets the earlier of equals in")
-class ByThreshold(HonestAllocator):
     def choose(self, scores: Sequence[Tensor], budget: int) -> list[Tensor]:
         together = torch.cat(list(scores))
         if budget < len(together):
@@ -110,11 +103,12 @@ class ByThreshold(HonestAllocator):
                 E.mul_(alive[:, None])
 
 
-@allocator("lets the later of equals in")
-class LaterOfEquals(HonestAllocator):
-    def choose(self, scores: Sequence[Tensor], budget: int) -> list[Tensor]:
-        kept = super().choose([s.flip(0) for s in reversed(scores)], budget)
-        return [k.flip(0) for k in reversed(kept)]
+@allocator("measures uncertainty from the old mean, which is 1 / beta1 times as far")
+class FromOldMean(HonestAllocator):
+    """now - new mean = beta1 (now - old mean): every score is larger by the same factor."""
+
+    def deviation(self, now: Tensor, mean: Tensor, old: Tensor) -> Tensor:
+        return (now - old).abs()
 
 
 # The allocator that this project ships: fused averages, a choice in fp64 on the CPU.
