@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import qsvd
-from qsvd import RankAllocator
+from qsvd import RankAllocator, _gathering
 from qsvd._distributed import is_shard, local
 from qsvd._gathering import whole
 from tests.distributed import runs
@@ -110,6 +110,82 @@ def test_an_overflow_in_one_shard_is_a_step_for_none() -> None:
         for average in ("means", "uncertainties"):
             for key, value in before[average].items():
                 assert torch.equal(value, after[average][key])
+
+
+def _loaded_before_sharding(state: dict[str, Any], together: int) -> list[dict[str, Any]]:
+    """Go on with another run's averages: loaded, then sharded; or sharded, then loaded."""
+    _gathering._TOGETHER = together
+    states = []
+    for early in (True, False):
+        model = adapted(PLAN)
+        allocator = RankAllocator(model, PLAN.config)
+        if early:
+            allocator.load_state_dict(state)
+        sharded(model)
+        if not early:
+            allocator.load_state_dict(state)
+        allocator.step(4)  # no gradients: only what was loaded counts
+        states.append(allocator.state_dict())
+        loss_of(
+            model, *part(0, 1, 5)
+        ).backward()  # the whole batch on each: averaging changes nothing
+        allocator.step(5)
+        states.append(allocator.state_dict())
+    return states
+
+
+@pytest.mark.parametrize("together", [2**24, 100], ids=["one exchange", "many"])
+def test_a_state_is_loaded_before_sharding_or_after(together: int) -> None:
+    model = adapted(PLAN)
+    allocator = RankAllocator(model, PLAN.config)
+    loss_of(model, *part(0, 1, 1)).backward()
+    allocator.step(0)
+    state = allocator.state_dict()
+    model.zero_grad()
+    expected = []
+    for step in (4, 5):
+        allocator.step(step)
+        expected.append(allocator.state_dict())
+        loss_of(model, *part(0, 1, 5)).backward()
+
+    for states in run(2, _loaded_before_sharding, state, together):
+        for got, wanted in zip(states, expected * 2, strict=True):
+            assert got["rank_pattern"] == wanted["rank_pattern"]
+            assert got["budget"] == wanted["budget"]
+            for average in ("means", "uncertainties"):
+                for key, value in wanted[average].items():
+                    assert torch.equal(got[average][key], value), key
+
+
+def _pruned_to_nothing(folder: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Go on training an adapter of which some layers have no triplet left, and no row to shard."""
+    model = qsvd.load_adapter(stack(depth=2), folder, trainable=True)
+    sharded(model)
+    allocator = RankAllocator(model, PLAN.config)
+    loss = loss_of(model, *part(dist.get_rank(), 2, 1)) + qsvd.orthogonal_penalty(model)
+    loss.backward()
+    allocator.step(0)
+    allocator.step(6)
+    qsvd.save_adapter(model, folder / "again")
+    return allocator.ranks, runs.weights_of(model)
+
+
+def test_layers_without_a_triplet_are_sharded_too(tmp_path: Path) -> None:
+    model = adapted(PLAN)
+    allocator = RankAllocator(model, PLAN.config)
+    for number, layer in enumerate(qsvd.adapted_layers(model).values()):
+        for parameters in (layer.lora_A, layer.lora_E, layer.lora_B):
+            parameters["default"].grad = torch.ones_like(parameters["default"]) * 100.0**number
+    allocator.step(0)
+    allocator.step(6)
+    qsvd.save_adapter(model, tmp_path)
+
+    one, two = run(2, _pruned_to_nothing, tmp_path)
+
+    assert one[0] == two[0] == allocator.ranks
+    assert list(one[0].values()) == [0, 0, 4, 4]
+    loaded = runs.weights_of(qsvd.load_adapter(stack(depth=2), tmp_path / "again"))
+    assert all(torch.equal(weight, one[1][name]) for name, weight in loaded.items())
 
 
 def _saved_after_an_evaluation(folder: Path) -> tuple[bool, list[str], dict[str, Tensor]]:
