@@ -22,7 +22,7 @@ from tests.qsvd.build import (
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 37, 1100])
+@pytest.mark.parametrize("rows", [1, 20, 37, 1100])
 def test_every_gradient_is_right_and_the_parameters_to_fp32_accuracy(
     kind, dtype, rows, monkeypatch
 ):
