@@ -18,7 +18,7 @@ from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.limit import Rates, least_work
 from conformance.benchmarks.memory import peak_bytes, saved_bytes
 from conformance.benchmarks.results import Entry, Record
-from conformance.benchmarks.stages import stages
+from conformance.benchmarks.stages import Operation, stages, traced
 from conformance.benchmarks.timing import (
     calls_for,
     interleaved,
@@ -134,8 +134,9 @@ def measure(
             clock=rates.clock,
         )
         limit = rates.seconds(least_work(scenario), scenario.product_dtype)
+        of_base = traced(subjects["base"].step, rates.clock, lambda: wait(rates.device))
         entries = [
-            _entry(c, subjects[c.name], times, entered, limit, rates)
+            _entry(c, subjects[c.name], times, entered, limit, rates, of_base)
             for c in entered
             if c.name in subjects
         ]
@@ -188,6 +189,7 @@ def _entry(
     entered: Sequence[Contestant],
     limit: float,
     rates: Rates,
+    of_base: Sequence[Operation],
 ) -> Entry:
     mine, base = times[contestant.name], times["base"]
     others = [c.name for c in entered if c.name in times and _is_compared(contestant, c)]
@@ -203,7 +205,7 @@ def _entry(
         saved_bytes=subject.saved_bytes(),
         peak_bytes=peak_bytes(subject.step, rates.device),
         share_of_limit=least / median(mine),
-        stages=stages(subject.step, rates.clock, lambda: wait(rates.device)),
+        stages=stages(subject.step, of_base, rates.clock, lambda: wait(rates.device)),
     )
 
 

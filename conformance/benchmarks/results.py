@@ -45,7 +45,7 @@ class Entry:
         the other's cannot be told from nothing.
     saved_bytes: kept for backward, the layer's own tensors and its input not counted; None without a graph.
     share_of_limit: (base + the least time for the contract's work) / seconds.
-    stages: the operations of one call, the base layer's among them.
+    stages: the operations of one call that the base layer does not do.
     """
 
     contestant: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +50,10 @@ _KIND_OF = {
 
 @dataclass
 class Operation:
-    """One call of torch's dispatcher."""
+    """One call of torch's dispatcher. Its signature: name, shapes and dtypes."""
 
     kind: str
+    signature: tuple[Any, ...]
     seconds: float
     bytes: int
     flops: int
@@ -85,6 +87,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.operations.append(
                 Operation(
                     kind=kind_of(func),
+                    signature=(str(func), *_forms([*args, *given.values()])),
                     seconds=seconds,
                     bytes=_bytes([*args, *given.values()]) + _bytes([result]),
                     flops=int(count(*args, **given, out_val=result)) if count else 0,
@@ -100,18 +103,35 @@ def kind_of(func: Any) -> str:
     return _KIND_OF.get(func.overloadpacket.__name__, "the rest")
 
 
+def traced(step: Callable[[], object], clock: Clock, wait: Callable[[], None]) -> list[Operation]:
+    """A step's operations, in their order."""
+    with Trace(clock, wait) as trace:
+        step()
+    found: list[Operation] = trace.operations
+    return found
+
+
+def beside(mine: Iterable[Operation], base: Iterable[Operation]) -> list[Operation]:
+    """The operations that a base layer does not do: each of its own takes one of the same signature away."""
+    left = Counter(o.signature for o in base)
+    found = []
+    for operation in mine:
+        if left[operation.signature] > 0:
+            left[operation.signature] -= 1
+        else:
+            found.append(operation)
+    return found
+
+
 def stages(
     step: Callable[[], object],
+    base: Sequence[Operation],
     clock: Clock,
     wait: Callable[[], None] = lambda: None,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> tuple[Stage, ...]:
-    """A step's operations by kind: the median seconds of a few, and what one of them moves and does."""
-    traces = []
-    for _ in range(repeats):
-        with Trace(clock, wait) as trace:
-            step()
-        traces.append(trace.operations)
+    """What a step does beside its base layer's operations, by kind: the median seconds of a few steps."""
+    traces = [beside(traced(step, clock, wait), base) for _ in range(repeats)]
     found = []
     for kind in KINDS:
         last = [o for o in traces[-1] if o.kind == kind]
@@ -126,21 +146,6 @@ def stages(
             )
         )
     return tuple(found)
-
-
-def beyond(mine: Iterable[Stage], base: Iterable[Stage]) -> list[Stage]:
-    """What a layer does more of than its base layer, kind by kind."""
-    theirs = {s.kind: s for s in base}
-    return [
-        Stage(
-            kind=s.kind,
-            operations=s.operations - theirs[s.kind].operations,
-            seconds=s.seconds - theirs[s.kind].seconds,
-            bytes=s.bytes - theirs[s.kind].bytes,
-            flops=s.flops - theirs[s.kind].flops,
-        )
-        for s in mine
-    ]
 
 
 def _is_a_view(func: Any, args: Sequence[Any], result: Any) -> bool:
@@ -160,3 +165,14 @@ def _bytes(values: Iterable[Any]) -> int:
         elif isinstance(value, (list, tuple)):
             total += _bytes(value)
     return total
+
+
+def _forms(values: Iterable[Any]) -> list[Any]:
+    """Shape and dtype of every tensor."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append((tuple(value.shape), value.dtype))
+        elif isinstance(value, (list, tuple)):
+            found += _forms(value)
+    return found

@@ -20,7 +20,7 @@ from conformance.benchmarks.contestants import base_alone, build, make_base, of_
 from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.limit import least_work
 from conformance.benchmarks.measuring import Subject
-from conformance.benchmarks.stages import KINDS, beyond, stages
+from conformance.benchmarks.stages import KINDS, Operation, stages, traced
 from conformance.port import load_port
 from qsvd import _products
 
@@ -48,19 +48,26 @@ def layers_of(scenario: Scenario) -> list[dict[str, Any]]:
     cpu = torch.device("cpu")
     contestants = [base_alone("0"), of_port(load_port("qsvd"), "qsvd"), *of_peft()[0]]
     base = make_base(scenario, cpu)
-    traced, saved = {}, {}
+    found, saved = {}, {}
+    of_base: list[Operation] = []
+
+    def clock() -> float:
+        return 0.0
+
     with as_on_cuda():
         for contestant in contestants:
             subject = Subject(build(contestant, base, scenario), scenario, cpu)
             subject.step()
-            traced[contestant.name] = stages(subject.step, lambda: 0.0, repeats=1)
+            if contestant.role == "base":
+                of_base = traced(subject.step, clock, lambda: None)
+            found[contestant.name] = stages(subject.step, of_base, clock, repeats=1)
             saved[contestant.name] = subject.saved_bytes() or 0
     least = least_work(scenario)
     rows = [_row("the least", {_SHOWN[0]: least.bytes}, least.flops, 0, 0)]
-    for name, found in traced.items():
+    for name, kinds in found.items():
         if name == "base":
             continue
-        more = [s for s in beyond(found, traced["base"]) if s.kind in _SHOWN]
+        more = [s for s in kinds if s.kind in _SHOWN]
         flops, count = sum(s.flops for s in more), sum(s.operations for s in more)
         kept = saved[name] - saved["base"]
         rows.append(_row(name, {s.kind: s.bytes for s in more}, flops, count, kept))
