@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor.debug import CommDebugMode
 
 import qsvd
 from qsvd import RankAllocator, _gathering
@@ -110,6 +111,24 @@ def test_an_overflow_in_one_shard_is_a_step_for_none() -> None:
         for average in ("means", "uncertainties"):
             for key, value in before[average].items():
                 assert torch.equal(value, after[average][key])
+
+
+def _exchanges(depth: int) -> dict[str, int]:
+    """What a step that allocates asks of the others, by kind."""
+    model = qsvd.adapt(stack(depth=depth), PLAN.config)
+    sharded(model)
+    allocator = RankAllocator(model, PLAN.config)
+    loss_of(model, *part(dist.get_rank(), 2, 1)).backward()
+    with CommDebugMode() as counted:
+        allocator.step(4)
+    return {str(kind).rpartition(".")[2]: n for kind, n in counted.get_comm_counts().items()}
+
+
+def test_an_allocation_takes_three_exchanges_however_many_layers_there_are() -> None:
+    """Is every gradient finite; all importances; the choice."""
+    for depth in (1, 3):
+        counts = run(2, _exchanges, depth)[0]
+        assert sorted(counts.values()) == [1, 1, 1], counts
 
 
 def _loaded_before_sharding(state: dict[str, Any], together: int) -> list[dict[str, Any]]:
