@@ -155,34 +155,39 @@ def _setting(results: Results) -> str:
         "cpu": "the processor's own time, since others used the machine, too",
     }[str(s["clock"])]
     threads = "1 thread" if s["threads"] == 1 else f"{s['threads']} threads"
-    return f"{s['device']}: {s['processor']}, {s['cores']} cores, {threads}; {clock}. {versions}.\n"
+    said = f"{s['device']}: {s['processor']}, {s['cores']} cores, {threads}; {clock}. {versions}.\n"
+    if s["clock"] == "cpu":
+        said += "The targets are for two threads on an idle machine: here each figure is one thread's.\n"
+    return said
 
 
 def _targets(results: Results) -> str:
-    rows = []
     found = reached(results)
-    for target in TARGETS:
-        values = [r for r in found if r.target is target]
-        worst = max(values, key=lambda r: r.value, default=None)
+    asked: list[tuple[str, float, list[tuple[float, str]]]] = [
+        (t.sentence, t.most, [(r.value, r.scenario.id) for r in found if r.target is t])
+        for t in TARGETS
+    ]
+    entries = [e for record in results.allocators for e in record.entries]
+    for sentence, most, attribute in ALLOCATOR_TARGETS:
+        over = [getattr(e, attribute) for e in entries if e.role == "port"]
+        asked.append((sentence, most, [(o[ADALORA], "") for o in over if ADALORA in o]))
+    rows, everywhere = [], 0
+    for sentence, most, values in asked:
+        met = sum(value <= most for value, _ in values)
+        everywhere += bool(values) and met == len(values)
+        worst, where = max(values, default=(0.0, ""))
         rows.append(
             [
-                target.sentence,
-                f"{target.most:g}",
-                _spread([r.value for r in values]),
-                f"{sum(r.met for r in values)} of {len(values)}" if values else "not measured",
-                f"`{worst.scenario.id}`" if worst and not worst.met else "",
+                sentence,
+                f"{most:g}",
+                _spread([value for value, _ in values]),
+                f"{met} of {len(values)}" if values else "not measured",
+                f"`{where}`" if where and worst > most else "",
             ]
         )
-    for name, most, attribute in ALLOCATOR_TARGETS:
-        values_ = [
-            getattr(e, attribute)[ADALORA]
-            for record in results.allocators
-            for e in record.entries
-            if ADALORA in getattr(e, attribute)
-        ]
-        met = f"{sum(v <= most for v in values_)} of {len(values_)}" if values_ else "not measured"
-        rows.append([name, f"{most:g}", _spread(values_), met, ""])
-    return table(("target", "at most", "reached", "met in", "furthest off in"), rows)
+    headings = ("target", "at most", "reached", "met in", "furthest off in")
+    said = f"{everywhere} of {len(rows)} are reached everywhere; the others are not, or not yet:\n"
+    return f"{said}\n{table(headings, rows)}"
 
 
 def _spread(values: Sequence[float]) -> str:
