@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_count, check_known_names
 from qsvd._config import AdaLoraConfig
-from qsvd._distributed import Peers, is_shard, local, placed, reshard, unwrapped
+from qsvd._distributed import Peers, group_of, is_shard, local, placed, reshard, unwrapped
 from qsvd._gathering import gathered, whole
 from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
 from qsvd._layer import SVDLayer
@@ -51,7 +51,7 @@ class RankAllocator:
     def __init__(
         self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"
     ) -> None:
-        self._given = model
+        self._group = group_of(model)
         self._model = unwrapped(model)
         layers = {n: m for n, m in self._model.named_modules() if isinstance(m, SVDLayer)}
         check_known_names([adapter_name], {name for m in layers.values() for name in m.lora_A})
@@ -186,7 +186,7 @@ class RankAllocator:
         weights = {k: w for k, w in self._weights().items() if w.grad is not None}
         gradients = [local(w.grad) for w in weights.values() if w.grad is not None]
         # Averaged gradients are the same everywhere; of shards, one may be finite and another not.
-        sharing = Peers.of(self._model, weights.values())
+        sharing = Peers.of(None, weights.values())
         if not gradients or not sharing.all(all_finite(gradients)):
             return
         for key, weight in weights.items():
@@ -208,7 +208,7 @@ class RankAllocator:
         chosen = most_important(scores, self.budget)
         keep = torch.cat([k.cpu() for k in chosen])
         # Every process has computed the same, if its hardware rounds as the others' does.
-        keep = Peers.of(self._given, self._weights().values()).of_first(keep)
+        keep = Peers.of(self._group, self._weights().values()).of_first(keep)
         parts = torch.split(keep, [len(k) for k in chosen])
         self._keep = {
             n: part.to(s.device) for n, part, s in zip(self._layers, parts, scores, strict=True)

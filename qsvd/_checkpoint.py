@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qsvd._checks import check_known_names, check_new_name
 from qsvd._config import AdaLoraConfig
-from qsvd._distributed import Peers, check_not_distributed, reshard
+from qsvd._distributed import Peers, check_not_distributed, group_of, reshard
 from qsvd._files import CONFIG_HASH, config_hash, read_pair, write_pair
 from qsvd._gathering import whole
 from qsvd._layer import SVDLayer
@@ -81,7 +81,7 @@ def save_adapter(
     config = record.configs[adapter_name]
     adapted = adapted_layers(model)
     reshard(model)
-    peers = Peers.of(model, [layer.lora_E[adapter_name] for layer in adapted.values()])
+    peers = Peers.of(group_of(model), [layer.lora_E[adapter_name] for layer in adapted.values()])
     layers = _triplets(adapted, adapter_name)
     pattern = record.patterns.get(adapter_name) if prune else None
     if pattern is not None:

@@ -29,12 +29,17 @@ class Peers:
     device: torch.device
 
     @classmethod
-    def of(cls, model: nn.Module, weights: Iterable[Tensor]) -> Peers:
-        """Who shares these weights of a model, wrapped or sharded as its caller has it."""
+    def of(cls, group: Any, weights: Iterable[Tensor]) -> Peers:
+        """Who shares these weights, shards or not.
+
+        Args:
+            group: of DistributedDataParallel, if the model is in it: see `group_of`.
+            weights: some of the adapter's.
+        """
         weights = list(weights)
         device = weights[0].device if weights else torch.device("cpu")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            return cls((model.process_group,), device)
+        if group is not None:
+            return cls((group,), device)
         for weight in weights:
             if is_shard(weight):
                 mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
@@ -83,6 +88,12 @@ class Peers:
             raise failure
         if told[0] is not None:
             raise RuntimeError(f"The first process failed: {told[0]}")
+
+
+def group_of(model: nn.Module) -> Any:
+    """The processes over which DistributedDataParallel averages a model's gradients, or None."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.process_group if wrapped else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

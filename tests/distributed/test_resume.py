@@ -112,6 +112,7 @@ def test_the_example_runs_over_nccl(engine: str, tmp_path: Path) -> None:
     assert f"ranks: {ranks}" in out
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_in_which_a_process_was_killed(
     uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
