@@ -45,6 +45,11 @@ def test_elements_are_kept_with_their_chance_in_every_place_of_a_byte(p):
     assert (kept - (1 - p)).abs().max() < 7 * math.sqrt(p * (1 - p) / n)
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_where_nothing_or_everything_is_dropped_nothing_is_drawn(p):
+    assert draw_mask(nn.Dropout(p), torch.ones(2, 8)) is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [3, 37, 1100])

@@ -39,6 +39,17 @@ def test_a_split_product_is_accurate_to_fp32_at_every_scale(cuda_way, dtype, sca
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_the_pieces_hold_every_digit(cuda_way, dtype):
+    """
+    One product to each element, so that no sum hides what the split loses.
+    """
+    S, data = torch.randn(50, 1), torch.randn(1, 20).to(dtype)
+    want = S.double() * data.double()
+
+    assert_within(products.times(S, data), want, (SPLIT[dtype] + 4 * U32) * want.abs())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_a_split_product_of_nothing_is_zero(cuda_way, dtype):
     found = products.times(torch.ones(3, 0), torch.ones(0, 5, dtype=dtype))
 
@@ -130,6 +141,15 @@ def test_blocks_cover_every_row_once(monkeypatch, n):
     assert torch.equal(torch.cat([b[0] for b in blocks]), x.float())
     assert torch.equal(torch.cat([b[1] for b in blocks]), y.float())
     assert all(len(b[0]) <= 2 for b in blocks)
+
+
+@pytest.mark.parametrize("width", [0, 1, 12, 13, 1000])
+def test_rows_of_any_width_come_in_blocks_of_one_at_least(monkeypatch, width):
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)
+    blocks = list(products._steps(3, width))
+
+    assert sum(len(range(3)[block]) for block in blocks) == 3
+    assert all(len(range(3)[block]) <= max(1, 12 // max(1, width)) for block in blocks)
 
 
 def test_powers_of_two_are_exact():

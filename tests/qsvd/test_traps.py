@@ -162,11 +162,12 @@ def test_an_8bit_layer_with_one_input_is_refused_where_it_reads_uninitialised_me
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64)])
-def test_an_outlier_threshold_does_not_write_into_an_fp16_input(shape):
+@pytest.mark.parametrize("threshold", [0.5, 2.0])
+def test_an_outlier_threshold_does_not_write_into_an_fp16_input(shape, threshold):
     """
     Written to and restored, x would still fail the backward of whoever saved it, here `exp`.
     """
-    adapted = randomised(layer("8bit", base=base_layer("8bit", threshold=2.0))).eval()
+    adapted = randomised(layer("8bit", base=base_layer("8bit", threshold=threshold))).eval()
     leaf = torch.randn(shape, dtype=torch.float16, requires_grad=True)
     x = leaf.exp()
     version = x._version
