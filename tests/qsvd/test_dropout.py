@@ -99,13 +99,21 @@ def test_backward_keeps_one_bit_for_each_element(dtype):
     assert 512 * 64 // 8 <= beside < 2 * 512 * 64 // 8
 
 
-@pytest.mark.parametrize("change", ["hook", "subclass", "inplace", "replaced"])
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+
+
+@pytest.mark.parametrize("change", [*HOOKS, "subclass", "inplace", "replaced"])
 def test_a_dropout_that_is_more_than_dropout_is_called(change):
     adapted = randomised(layer("4bit", lora_dropout=0.5))
     called = []
     module = adapted.lora_dropout["default"]
-    if change == "hook":
-        module.register_forward_hook(lambda *_: called.append(1))
+    if change in HOOKS:
+        getattr(module, change)(lambda *_: called.append(1))
     elif change == "inplace":
         module.inplace = True
     else:
@@ -114,7 +122,7 @@ def test_a_dropout_that_is_more_than_dropout_is_called(change):
         adapted.lora_dropout["default"] = kind()
 
     assert draw_mask(adapted.lora_dropout["default"], torch.ones(2, 64)) is None
-    adapted(torch.randn(3, 64))
+    adapted(torch.randn(3, 64, requires_grad=change in HOOKS)).sum().backward()
     assert called or change == "inplace"
 
 
