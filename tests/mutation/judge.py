@@ -36,9 +36,11 @@ TESTS = tuple(
     f"tests/qsvd/test_{name}.py"
     for name in (
         "adapters",
+        "dropout",
         "forward",
         "gradients",
         "identity",
+        "masked_ranks",
         "products",
         "refusals",
         "state",
