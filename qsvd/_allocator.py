@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -218,17 +218,13 @@ class RankAllocator:
     def _scores(self) -> list[Tensor]:
         """S (r,) of each layer; zero while none of its weights was observed."""
         weights = self._weights()
-        names = list(weights)
-        layers = [names[i : i + len(_PARTS)] for i in range(0, len(names), len(_PARTS))]
-        if any(is_shard(w) for w in weights.values()):
-            rows = [self._importance(name, w) for name, w in weights.items()]
-            whole = dict(zip(weights, gathered(rows, like=list(weights.values())), strict=True))
-            return [triplet_importance(*(whole[name] for name in layer)) for layer in layers]
-        # A layer at a time: products of all would be as large as an average.
-        return [
-            triplet_importance(*(self._importance(name, weights[name]) for name in layer))
-            for layer in layers
-        ]
+        # One by one as they are used: products of all would be as large as an average.
+        found: Iterator[Tensor] = (
+            self._importance(name, weight) for name, weight in weights.items()
+        )
+        if any(is_shard(weight) for weight in weights.values()):
+            found = iter(gathered(list(found), like=list(weights.values())))
+        return [triplet_importance(a, e, b) for a, e, b in zip(found, found, found, strict=True)]
 
     def _importance(self, name: str, weight: Tensor) -> Tensor:
         """s of each element of a weight that this process holds."""

@@ -67,8 +67,7 @@ class _Distances(torch.autograd.Function):
 
     @staticmethod
     def forward(*factors: Tensor) -> tuple[Tensor, Tensor]:
-        D = torch.stack([F @ F.T for F in factors])  # factors, r, r
-        D.diagonal(dim1=1, dim2=2).sub_(1.0)
+        D = _excess(factors)
         return torch.linalg.vector_norm(D, dim=(1, 2)), D
 
     @staticmethod
@@ -82,13 +81,18 @@ class _Distances(torch.autograd.Function):
         distances, D, *factors = ctx.saved_tensors
         with torch.autocast(D.device.type, enabled=False):
             if torch.is_grad_enabled():  # a second derivative: D is a function of F again
-                identity = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
-                D = torch.stack([F @ F.T for F in factors]) - identity
+                D = _excess(factors)
                 distances = torch.linalg.vector_norm(D, dim=(1, 2))
             # Where F is orthonormal D is zero, and so is the gradient.
             scale = 2.0 * dy / distances.clamp(min=torch.finfo(D.dtype).tiny)
             pushes = D * scale[:, None, None]
             return tuple(push @ F for push, F in zip(pushes, factors, strict=True))
+
+
+def _excess(factors: Sequence[Tensor]) -> Tensor:
+    """F F^T - I of each F (r, n): (len(factors), r, r)."""
+    gram = torch.stack([F @ F.T for F in factors])
+    return gram - torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
 
 
 def _groups(factors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
