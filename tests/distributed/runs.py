@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,23 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         for part in PARTS
     }
     return {n: w.clone() for n, w in zip(weights, whole(list(weights.values())), strict=True)}
+
+
+def save_with_empty_layers(plan: Plan, folder: Path) -> dict[str, int]:
+    """Save an adapter whose budget went to the last layers, each of which has larger gradients.
+
+    Returns:
+        The rank of each layer.
+    """
+    model = adapted(plan)
+    allocator = RankAllocator(model, plan.config)
+    for number, layer in enumerate(qsvd.adapted_layers(model).values()):
+        for parameters in (layer.lora_A, layer.lora_E, layer.lora_B):
+            parameters["default"].grad = torch.ones_like(parameters["default"]) * 100.0**number
+    allocator.step(0)
+    allocator.step(6)
+    qsvd.save_adapter(model, folder)
+    return allocator.ranks
 
 
 def train(

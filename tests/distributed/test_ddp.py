@@ -28,6 +28,7 @@ from tests.distributed.runs import (
     loss_of,
     optimizer_of,
     part,
+    save_with_empty_layers,
     train,
 )
 from tests.qsvd.build import KINDS, Kind
@@ -214,15 +215,8 @@ def _pruned_to_nothing(folder: Path, penalty: float) -> dict[str, Any]:
 
 
 def test_layers_without_a_triplet_do_not_stop_ddp(tmp_path: Path) -> None:
-    model = adapted(PLAN)
-    allocator = RankAllocator(model, PLAN.config)
-    for number, layer in enumerate(qsvd.adapted_layers(model).values()):
-        for parameters in (layer.lora_A, layer.lora_E, layer.lora_B):
-            parameters["default"].grad = torch.ones_like(parameters["default"]) * 100.0**number
-    allocator.step(0)
-    allocator.step(6)
-    qsvd.save_adapter(model, tmp_path)
-    assert list(allocator.ranks.values()) == [0, 0, 4, 4]
+    ranks = save_with_empty_layers(PLAN, tmp_path)
+    assert list(ranks.values()) == [0, 0, 4, 4]
 
     one, two = run(2, _pruned_to_nothing, tmp_path, 0.1)
 

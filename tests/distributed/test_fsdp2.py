@@ -21,7 +21,16 @@ from qsvd._gathering import whole
 from tests.distributed import runs
 from tests.distributed.compare import assert_close, assert_equal
 from tests.distributed.processes import run
-from tests.distributed.runs import Plan, adapted, alone, fsdp2, loss_of, part, sharded
+from tests.distributed.runs import (
+    Plan,
+    adapted,
+    alone,
+    fsdp2,
+    loss_of,
+    part,
+    save_with_empty_layers,
+    sharded,
+)
 from tests.qsvd.build import Kind
 from tests.qsvd.models import stack
 
@@ -190,18 +199,11 @@ def _pruned_to_nothing(folder: Path) -> tuple[dict[str, int], dict[str, Tensor]]
 
 
 def test_layers_without_a_triplet_are_sharded_too(tmp_path: Path) -> None:
-    model = adapted(PLAN)
-    allocator = RankAllocator(model, PLAN.config)
-    for number, layer in enumerate(qsvd.adapted_layers(model).values()):
-        for parameters in (layer.lora_A, layer.lora_E, layer.lora_B):
-            parameters["default"].grad = torch.ones_like(parameters["default"]) * 100.0**number
-    allocator.step(0)
-    allocator.step(6)
-    qsvd.save_adapter(model, tmp_path)
+    ranks = save_with_empty_layers(PLAN, tmp_path)
 
     one, two = run(2, _pruned_to_nothing, tmp_path)
 
-    assert one[0] == two[0] == allocator.ranks
+    assert one[0] == two[0] == ranks
     assert list(one[0].values()) == [0, 0, 4, 4]
     loaded = runs.weights_of(qsvd.load_adapter(stack(depth=2), tmp_path / "again"))
     assert all(torch.equal(weight, one[1][name]) for name, weight in loaded.items())
