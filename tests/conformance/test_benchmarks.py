@@ -30,6 +30,7 @@ from conformance.benchmarks.table import render
 from conformance.benchmarks.targets import reached
 from conformance.benchmarks.timing import interleaved, ratio_of_overheads
 from conformance.port import load_port
+from tests.conformance.benchmark_settings import SETTINGS
 from tests.conformance.command import PORTS
 
 CPU = torch.device("cpu")
@@ -301,15 +302,7 @@ def record(scenario: Scenario, *entries: Entry) -> Record:
 
 
 def results(*records: Record) -> Results:
-    settings = {
-        "device": "cpu",
-        "processor": "p",
-        "cores": 2,
-        "threads": 1,
-        "clock": "cpu",
-        "python": "3",
-    }
-    return Results(settings, {"bandwidth": {}, "matmul": {}}, records)
+    return Results(SETTINGS, {"bandwidth": {}, "matmul": {}}, records)
 
 
 TRAINING = record(

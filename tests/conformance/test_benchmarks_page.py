@@ -24,6 +24,7 @@ from conformance.benchmarks.results import (
     Stage,
 )
 from conformance.benchmarks.stages import KINDS, Trace, stages, traced
+from tests.conformance.benchmark_settings import SETTINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
 TRIED = {
@@ -101,16 +102,8 @@ def made_up(bf16: Scenario) -> Results:
 
     entries = (entry("base", "base", 1.0), entry("mine <1>", "port", 1.5))
     allocator = AllocatorEntry("mine", "port", "0", 1.0, 2.0, 3.0, 4, {}, {}, {}, {})
-    settings = {
-        "device": "cpu",
-        "processor": "p",
-        "cores": 2,
-        "threads": 1,
-        "clock": "cpu",
-        "python": "3",
-    }
     return Results(
-        settings,
+        SETTINGS,
         {"bandwidth": {str(2**20): 1e9}, "matmul": {"bfloat16": 1e12}},
         (Record(bf16, 3, 1, 10, 10, 0.25, entries, {"other": "not provided"}),),
         (AllocatorRecord(224, 12, ((4, 4),), 3, (allocator,)),),
