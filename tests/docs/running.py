@@ -24,7 +24,7 @@ PORT_OF_VECTORS = ROOT / "examples" / "numpy_port" / "port.py"
 _NAMED = re.compile(r"^# (?P<path>[\w./-]+\.(py|md|toml))$")
 _RULES = re.compile("[\u2500-\u257f]")
 _RATIO = re.compile(r"pass \d\.\d\d")
-_LANGUAGES = {"python", "console", "text", "toml"}
+_LANGUAGES = {"python", "console", "text", "toml", "diff"}
 
 
 class PageError(Exception):
@@ -40,6 +40,7 @@ class Page:
     - Console commands are checked, and run where that takes seconds: single clauses, and vectors.
     - Text right after a console block is lines that its last command prints, in their order, `...`
       standing for anything in a line.
+    - A diff is to be read.
     """
 
     def __init__(self, folder: Path) -> None:
