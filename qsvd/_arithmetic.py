@@ -7,10 +7,10 @@ into the small `Q = A * (E * c)`, in fp32, so that nothing as large as `x` or `y
 `y` itself: one `addmm` adds the product to `base`, out of place. Folding also keeps fp16 in range:
 the update is never held before it has been divided by `ranknum`.
 
-For the backward pass only `x`, which its producer keeps anyway, the small fp32 factors and the mask
-in bits are saved. `h = x @ Q.T` is computed again rather than kept in half precision, and the
-gradients of `Q` and `B` are products of fp32 factors accumulated and returned in fp32, whatever the
-dtype of `x`: half-precision products would give them to 5e-4, these give them to 4e-7.
+Products with a large tensor are computed in its dtype, see `qsvd._products`, their sums in fp32, and
+the parameters' gradients come out in fp32. For the backward pass `x` is saved, which its producer
+keeps anyway, the small fp32 factors, the mask in bits, and `h = x @ Q.T` where it is small beside x;
+otherwise it is computed again.
 
 Every step is an ordinary differentiable operation, so a second derivative is right as well, or, for
 half precision on CUDA, refused by torch.
@@ -23,14 +23,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from qsvd._dropout import unpacked
-from qsvd._products import better_wide, expand, times, wide_blocks
+from qsvd._dropout import Mask, unpacked
+from qsvd._products import HALF, expand, few_rows, steps, times, widened
 
 Gradients = tuple[Tensor | None, ...]
 
 # With fewer, choosing some of them takes as long as they do.
 _MANY_RANKS = 8
+# In half precision h is kept if it takes at most this share of x's bytes.
+_KEPT_SHARE = 1 / 25
 
 
 def add_adapter(
@@ -39,8 +42,8 @@ def add_adapter(
     A: Tensor,
     E: Tensor,
     B: Tensor,
-    c: Tensor,
-    mask: Tensor | None = None,
+    c: Tensor | float,
+    mask: Mask | None = None,
 ) -> Tensor:
     """`base + (x * mask) @ (A * E * c).T @ B.T`, in the dtype of `base`.
 
@@ -50,8 +53,8 @@ def add_adapter(
         A: (r, in), fp32.
         E: (r, 1), fp32.
         B: (out, r), fp32.
-        c: (1,), fp32: scaling / (ranknum + 1e-5), over (1 - p) if there is a mask. It gets no
-            gradient.
+        c: a number, or (1,), fp32: scaling / (ranknum + 1e-5), over (1 - p) if there is a mask. It
+            gets no gradient.
         mask: the elements of x that dropout keeps, see `draw_mask`; None for all.
 
     Returns:
@@ -59,95 +62,149 @@ def add_adapter(
     """
     if A.shape[0] == 0:
         return base
-    # Without grad mode the bare formula: a Function costs more than the products of one token.
-    add = _AddAdapter.apply if torch.is_grad_enabled() else _AddAdapter.forward
+    grad = torch.is_grad_enabled()
+    # Without grad mode the bare formula: a Function costs more than the products of a few rows.
+    if not (grad or mask or torch.is_autocast_enabled("cpu")) and x.dim() > 1 and few_rows(x):
+        return _add_to_few_rows(base, x, A, E, B, c)[0]
+    add = _AddAdapter.apply if grad else _AddAdapter.forward
     with _without_autocast(x.device):
-        y: Tensor = add(_rows(base), _rows(x), A, E, B, c, mask)
+        y: Tensor = add(_rows(base), _rows(x), A, E, B, c, *(mask or (None, None)))[0]
     # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
     return y if base.dim() == 2 else y.reshape(base.shape)
 
 
+def number(t: Tensor, device: torch.device) -> Tensor | float:
+    """A scalar, from a tensor of one element: a float if that is at hand, or a tensor on the device.
+
+    What is done with a float is no operation of torch's: with few rows, each of those counts.
+    """
+    return t.item() if _at_hand(t) else t.detach().to(device)
+
+
 class _AddAdapter(torch.autograd.Function):
-    """`y = base + x @ Q.T @ B.T` with Q = A * (E * c); base and y (n, out), x (n, in)."""
+    """`y = base + (x * kept) @ Q.T @ B.T`, and h; base and y (n, out), x (n, in)."""
 
     @staticmethod
     def forward(
-        base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor, mask: Tensor | None
-    ) -> Tensor:
+        base: Tensor,
+        x: Tensor,
+        A: Tensor,
+        E: Tensor,
+        B: Tensor,
+        c: Tensor | float,
+        kept: Tensor | None,
+        bits: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if kept is not None:
+            x = x * kept.to(x.dtype)
+        if few_rows(x):
+            y, hT, rest = _add_to_few_rows(base, x, A, E, B, c)
+            return y, hT.T * rest
         if (live := _live_ranks(E, x)) is not None:
             A, E, B = A[live], E[live], B[:, live]
         Q = A * (E * c)  # rank, in
-        if mask is not None:
-            x = x * unpacked(mask, *x.shape)
-        if torch.float16 in (x.dtype, base.dtype) or better_wide(x):
-            # fp16: x @ Q.T may leave its range.
-            h = _side_by_side([times(Q, block.T) for (block,) in wide_blocks(x)])  # rank, n
-        else:
-            h = Q.to(x.dtype) @ x.T  # rank, n
-        return expand(h, B.T, base.dtype, onto=base)
+        h = _side_by_side([times(Q, widened(x[at]).T) for at in steps(x)])  # rank, n
+        return expand(h, B.T, base.dtype, onto=base), h
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, A, E, B, c, mask = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, x, A, E, B, c, _, bits = inputs
+        _, h = output
+        ctx.mark_non_differentiable(h)
         trained = any(ctx.needs_input_grad[2:5])
+        small = x.dtype not in HALF or h.nbytes <= _KEPT_SHARE * x.nbytes
+        saved_h = h if ctx.needs_input_grad[4] and small else None
         ctx.x_dtype = x.dtype
-        ctx.save_for_backward(x if trained else None, A, E, B, c, mask)
+        ctx.c = c if isinstance(c, float) else None
+        saved_c = None if isinstance(c, float) else c
+        ctx.save_for_backward(x if trained else None, A, E, B, saved_c, bits, saved_h)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, A, E, B, c, mask = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
+        x, A, E, B, c, bits, h = ctx.saved_tensors
+        c = ctx.c if c is None else c
         needs_base, needs_x, needs_A, needs_E, needs_B = ctx.needs_input_grad[:5]
         needs_Q = needs_A or needs_E
+        # A second derivative needs h as a function of x, and the products that are zero in the first.
+        again = torch.is_grad_enabled()
         # Contiguous: B.T as it is would be read at half the speed.
-        BT = B.T if better_wide(dy) else B.T.contiguous()
-        keep = None if mask is None else unpacked(mask, dy.shape[0], A.shape[1])  # n, in
-        rows = [dy]
-        if needs_Q or needs_B:
-            rows += [x] if keep is None else [x, keep]
+        BT = B.T if few_rows(dy) else B.T.contiguous()
+        kept = None
+        if bits is not None:
+            kept = unpacked(bits, dy.shape[0], A.shape[1]).to(ctx.x_dtype)  # n, in
+        if again:
+            h = None
         P: list[Tensor] = []
         dx = dQ = dBT = None
         with _without_autocast(dy.device):
             Ec = E * c  # rank, 1
             Q = A * Ec  # rank, in
-            # A second derivative needs the products that are zero in the first.
-            live = None if torch.is_grad_enabled() else _live_ranks(E, dy)
+            live = None if again else _live_ranks(E, dy)
             if live is not None:
                 Q = Q[live]
-            for dy_i, *factors in wide_blocks(*rows):
+            reads_x = needs_Q or (needs_B and h is None)
+            for at in steps(dy, x) if reads_x else steps(dy):
+                dy_i = widened(dy[at])  # block, out
                 if needs_x or needs_Q:
                     P_i = times(BT, dy_i.T)  # rank, block; of all ranks, for dE is not zero
                     P.append(P_i if live is None else P_i[live])
-                if needs_Q or needs_B:
-                    x_i = factors[0] if keep is None else factors[0] * factors[1]  # block, in
+                if reads_x:
+                    x_i = widened(x[at])  # block, in
+                    if kept is not None:
+                        x_i = x_i * kept[at]
                 if needs_Q:
                     dQ = _sum(dQ, times(P_i, x_i))  # rank, in
                 if needs_B:
-                    h_i = times(Q, x_i.T)  # live rank, block
+                    h_i = times(Q, x_i.T) if h is None else h[:, at]  # live rank, block
                     dBT = _sum(dBT, times(h_i, dy_i))  # live rank, out
             if needs_x:
                 dx = expand(_side_by_side(P), Q, ctx.x_dtype)  # n, in
-                if keep is not None:
-                    dx.mul_(keep)
+                if kept is not None:
+                    dx.mul_(kept)
             dA = dQ * Ec if dQ is not None and needs_A else None
             dE = (dQ * A).sum(1, keepdim=True) * c if dQ is not None and needs_E else None
-            if dBT is not None and live is not None:
-                dBT = torch.zeros_like(BT).index_copy_(0, live, dBT)
+            if dBT is not None:
+                dBT = dBT.to(B.dtype)
+                if live is not None:
+                    dBT = torch.zeros_like(BT).index_copy_(0, live, dBT)
         dB = None if dBT is None else dBT.T
-        return dy if needs_base else None, dx, dA, dE, dB, None, None
+        return dy if needs_base else None, dx, dA, dE, dB, None, None, None
+
+
+def _add_to_few_rows(
+    base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor | float
+) -> tuple[Tensor, Tensor, float]:
+    """y (..., out) of few rows on a CPU; a part of h (..., rank), fp32, and what h is times that.
+
+    In as few operations as can be: each takes longer to start than to multiply so few rows.
+    """
+    if isinstance(c, Tensor):
+        E, c = E * c, 1.0
+    part = linear(x if x.dtype == A.dtype else x.to(A.dtype), A).mul_(E.flatten())
+    update = linear(part, B)
+    if update.dtype == base.dtype:
+        y = torch.add(base, update, alpha=c)
+    else:
+        y = torch.add(base, update, alpha=c, out=torch.empty_like(base))
+    return y, part, c
 
 
 def _live_ranks(E: Tensor, rows: Tensor) -> Tensor | None:
     """The ranks that are not masked, where it pays to leave out the others; None for all ranks.
 
-    A masked triplet (E_i = 0) adds nothing to y, dx, dA and dB; dE_i alone need not be zero. Only a
-    CPU's values are at hand: a GPU would have to be waited for, and a compiler sees none.
+    A masked triplet (E_i = 0) adds nothing to y, dx, dA and dB; dE_i alone need not be zero.
     """
-    if E.device.type != "cpu" or E.numel() < _MANY_RANKS or better_wide(rows):
-        return None
-    if torch.compiler.is_compiling() or type(E) not in (Tensor, nn.Parameter):
+    if E.numel() < _MANY_RANKS or few_rows(rows) or not _at_hand(E):
         return None
     live = E.detach().flatten().nonzero().flatten()
     return live if 4 * live.numel() <= 3 * E.numel() else None
+
+
+def _at_hand(t: Tensor) -> bool:
+    """Whether values can be looked at: a GPU would have to be waited for, a compiler sees none."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return type(t) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ class SVDLinear4bit(SVDLayer):
 
     def call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.base_layer
-        if getattr(base.weight, "quant_state", None) is None and base.quant_state is None:
+        state = getattr(base.weight, "quant_state", None)
+        if state is None and base.quant_state is None:
             raise RuntimeError(f"The Linear4bit base layer is not quantised: {_MOVE_IT}.")
-        if _is_repacked(base):
+        if _packed_state(state):
             raise RuntimeError(f"After it was wrapped, the Linear4bit base layer {_REPACKED}.")
         _switch_off_repacking(base)  # somebody may have switched it on again
         # `Linear4bit.forward` casts x and the bias to this dtype.
@@ -161,7 +162,10 @@ def _check_loaded_shape(layer: SVDLayer, shape: tuple[int, ...]) -> None:
 
 
 def _is_repacked(base: nn.Module) -> bool:
-    quant_state = getattr(base.weight, "quant_state", None)
+    return _packed_state(getattr(base.weight, "quant_state", None))
+
+
+def _packed_state(quant_state: Any) -> bool:
     return bool(getattr(quant_state, "packing_format_for_cpu", False))
 
 
@@ -198,9 +202,10 @@ def _call_keeping_bias(
     Left to itself it would set `bias.data` to a rounded copy, and the bias would stay rounded.
     """
     y: Tensor
-    if base.bias is None or base.bias.dtype == dtype:
+    bias = base.bias
+    if bias is None or bias.dtype == dtype:
         y = base(x, *args, **kwargs)
     else:
-        bias = {"bias": base.bias.to(dtype)}
-        y = torch.func.functional_call(base, bias, (x, *args), kwargs)
+        rounded = {"bias": bias.to(dtype)}
+        y = torch.func.functional_call(base, rounded, (x, *args), kwargs)
     return y

@@ -6,6 +6,8 @@ of a half-precision x, and x itself is what its producer keeps anyway.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,43 +15,66 @@ from torch import Tensor, nn
 # 7 - i: no two of the 64 products share a bit, so nothing is carried. Times a byte it lays bit 7 - i
 # on the top of byte i.
 _DIAGONAL = 0x8040201008040201 - 2**64
-_TOPS = 0x8080808080808080 - 2**64
 _ONES = 0x0101010101010101
 
 
-def draw_mask(dropout: nn.Module, x: Tensor) -> Tensor | None:
-    """Which elements of x to keep, in bits: uint8, a byte for eight elements and for the rest.
+class Mask(NamedTuple):
+    """Which elements of an x of n * k elements to keep, for forward and for backward.
 
-    None where `dropout` is not in force, or is not a plain `nn.Dropout`, without hooks: then it is
-    to be called.
+    kept: (n, k), uint8, 0 or 1.
+    bits: the same, a byte for eight elements and for the rest.
     """
-    if type(dropout) is not nn.Dropout or not dropout.training or not 0.0 < dropout.p < 1.0:
-        return None
-    if dropout.inplace or dropout._forward_hooks or dropout._forward_pre_hooks:
-        return None
-    if dropout._backward_hooks or dropout._backward_pre_hooks:
-        return None
-    size = -(-x.numel() // 8) * 8
-    return _packed(_kept(size, 1.0 - dropout.p, x.device))
+
+    kept: Tensor
+    bits: Tensor
 
 
-def unpacked(mask: Tensor, n: int, k: int) -> Tensor:
+def drop(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Mask | None]:
+    """What `dropout(x)` is to be: a tensor of x's shape, and which of its elements to keep.
+
+    Without a mask all are kept. A plain `nn.Dropout` in force gives x and a mask, out of force x alone.
+    Any other module, or one with hooks, is called.
+    """
+    hooks = (
+        dropout._forward_hooks
+        or dropout._forward_pre_hooks
+        or dropout._backward_hooks
+        or dropout._backward_pre_hooks
+    )
+    if not hooks and type(dropout) is nn.Identity:
+        return x, None
+    if hooks or type(dropout) is not nn.Dropout or dropout.inplace or dropout.p == 1.0:
+        return dropout(x), None
+    if not dropout.training or dropout.p == 0.0:
+        return x, None
+    return x, draw_mask(dropout.p, x)
+
+
+def draw_mask(p: float, x: Tensor) -> Mask:
+    """Which elements of x (..., k) to keep; each is dropped with chance p, 0 < p < 1."""
+    kept = _draw(-(-x.numel() // 8) * 8, p, x.device)
+    return Mask(kept.view(torch.uint8)[: x.numel()].view(-1, x.shape[-1]), _packed(kept))
+
+
+def unpacked(bits: Tensor, n: int, k: int) -> Tensor:
     """The mask of an x of n * k elements as 0 and 1: (n, k), uint8."""
-    spread = ((mask.to(torch.int64) * _DIAGONAL) & _TOPS) >> 7 & _ONES
+    spread = bits.to(torch.int64).mul_(_DIAGONAL).bitwise_right_shift_(7).bitwise_and_(_ONES)
     return spread.view(torch.uint8)[: n * k].view(n, k)
 
 
 def _packed(kept: Tensor) -> Tensor:
-    return (((kept.view(torch.int64) * _DIAGONAL) >> 56) & 0xFF).to(torch.uint8)
+    gathered = kept.view(torch.int64) * _DIAGONAL
+    return gathered.bitwise_right_shift_(56).to(torch.uint8)
 
 
-def _kept(size: int, chance: float, device: torch.device) -> Tensor:
-    """`size` bytes of 0 or 1, each 1 with a chance that is right to 2^-32.
+def _draw(size: int, p: float, device: torch.device) -> Tensor:
+    """`size` bytes of 0 or 1, each 0 with chance p; a multiple of 8.
 
-    On a CPU `bernoulli_` takes three times as long as half a random word for each.
+    On a CPU a quarter of a random word decides on each, a sixth of `bernoulli_`'s time. The limit
+    below which it is dropped is rounded at random, once for all, so that each one's chance is p.
     """
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device).bernoulli_(chance)
-    words = torch.randint(-(2**63), 2**63 - 1, (size // 2,))
-    below = min(round(chance * 2**32), 2**32 - 1) - 2**31
-    return (words.view(torch.int32) < below).view(torch.uint8)
+    if device.type != "cpu" or not 1 <= p * 2**16 <= 2**16 - 1:
+        return torch.empty(size, dtype=torch.uint8, device=device).bernoulli_(1.0 - p)
+    words = torch.randint(-(2**63), 2**63 - 1, (size // 4,)).view(torch.int16)
+    limit = (torch.rand((), dtype=torch.float64) + (p * 2**16 - 2**15)).floor()
+    return words >= limit.to(torch.int16)

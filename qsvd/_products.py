@@ -1,12 +1,13 @@
-"""Products of a skinny fp32 factor with a large tensor of any dtype, accumulated in fp32.
+"""Products of a skinny fp32 factor with a large tensor of any dtype, each sum accumulated in fp32.
 
-Where the large tensor is in half precision there is a way for each kind of device:
+Where the large tensor is in half precision the skinny factor is rounded to that, as autocast would do
+it, and the data is read as it is. Two cases need more:
 
-- CUDA multiplies half by half and accumulates in fp32 (`out_dtype`, torch 2.8). The skinny factor
-  is split into a sum of half-precision pieces, stacked along the rank, which costs next to nothing
-  beside reading the data.
-- Elsewhere the data is widened to fp32 some rows at a time, so that no wide copy of it ever exists
-  and what follows reads it from the cache. (fp16 products on a CPU are a hundred times slower.)
+- fp16, whose range the factor may leave: on CUDA each of its rows is scaled by a power of two, and
+  the product comes out in fp32 (`out_dtype`, torch 2.8). Elsewhere the data is widened to fp32 some
+  rows at a time, so that no wide copy of it ever exists and what follows reads it from the cache.
+  (fp16 products on a CPU are a hundred times slower.)
+- Few rows on a CPU, where a product in fp32 is the quicker one.
 
 The skinny factor comes first because a BLAS is up to eight times faster at (r, n) by (n, k) than at
 the transpose of that.
@@ -24,32 +25,42 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**18
 # Up to as many rows a CPU is faster in fp32: a half-precision product takes 20 us to begin with.
 _FEW_ROWS = 32
-# How many half-precision pieces hold fp32's 24 bits: 3 of 8 bits; 2 of 11 bits leave 2^-22.
-_PIECES = {torch.bfloat16: 3, torch.float16: 2}
+HALF = (torch.bfloat16, torch.float16)
 _HAS_OUT_DTYPE = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
 
-def wide_blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matrices (n, k), (n, l), ... some rows at a time, in dtypes that `times` takes.
+def steps(*data: Tensor) -> Iterator[slice]:
+    """In what steps to go through the rows of (n, k), (n, l), ...: at least one, be n = 0.
 
-    There is at least one block, so that n = 0 has a result too.
+    A CPU takes what is in fp32, or widened to it, in blocks that stay in its cache.
     """
-    if all(_multiplies_into_fp32(t) for t in rows):
-        yield rows
-        return
-    for at in _steps(rows[0].shape[0], max(t.shape[1] for t in rows)):
-        yield tuple(t[at] if t.dtype == torch.float64 else t[at].to(torch.float32) for t in rows)
+    if not any(map(_to_widen, data)) and (len(data) == 1 or not any(map(_wide_on_cpu, data))):
+        yield slice(0, data[0].shape[0])
+    else:
+        yield from _steps(data[0].shape[0], max(t.shape[1] for t in data))
 
 
-def better_wide(data: Tensor) -> bool:
-    """Whether data (n, k) has so few rows that a half-precision product would be the slower one."""
-    return not _on_cuda(data) and data.shape[0] <= _FEW_ROWS
+def widened(data: Tensor) -> Tensor:
+    """Data (n, k) in a dtype that `times` takes."""
+    return data.float() if _to_widen(data) else data
+
+
+def few_rows(data: Tensor) -> bool:
+    """Whether data (..., k) has so few rows that a half-precision product would be the slower one."""
+    return not _on_cuda(data) and data.numel() <= _FEW_ROWS * data.shape[-1]
 
 
 def times(S: Tensor, data: Tensor) -> Tensor:
-    """`S @ data`, fp32 (r, m) by (m, k) to (r, k), in fp32; in fp64 if either is."""
-    if data.dtype in _PIECES:
-        return _split_product(S, data)
+    """`S @ data`, (r, m) by (m, k) to (r, k).
+
+    S is fp32, or a former product. Of bf16 data the product is bf16, or fp32 where a device gives
+    that for nothing; otherwise it is fp32, or fp64 if either is.
+    """
+    if data.dtype == torch.float16:
+        return _scaled_product(S, data)
+    if data.dtype == torch.bfloat16:
+        S = S.to(torch.bfloat16)
+        return _mm_half_into_fp32(S, data) if _on_cuda(data) and _HAS_OUT_DTYPE else S @ data
     wide = torch.promote_types(S.dtype, data.dtype)
     return S.to(wide) @ data.to(wide)
 
@@ -60,7 +71,7 @@ def expand(S: Tensor, R: Tensor, dtype: torch.dtype, onto: Tensor | None = None)
     `onto` has `dtype` and is not written. In fp16 no factor is rounded out of range: where the
     result is finite, so is everything that leads to it.
     """
-    few = dtype in _PIECES and better_wide(S.T)
+    few = dtype in HALF and few_rows(S.T)
     if dtype != torch.float16 and not few:
         return _expand(S.to(dtype), R.to(dtype), onto)
     S, R = S.float(), R.float()
@@ -74,8 +85,10 @@ def expand(S: Tensor, R: Tensor, dtype: torch.dtype, onto: Tensor | None = None)
     return result
 
 
-def _expand(S: Tensor, R: Tensor, onto: Tensor | None) -> Tensor:
-    return S.T @ R if onto is None else torch.addmm(onto, S.T, R)
+def _expand(S: Tensor, R: Tensor, onto: Tensor | None = None) -> Tensor:
+    # Contiguous: a BLAS takes a fifth longer to read the transpose.
+    ST = S.T.contiguous()
+    return ST @ R if onto is None else torch.addmm(onto, ST, R)
 
 
 def _steps(n: int, width: int) -> Iterator[slice]:
@@ -91,9 +104,15 @@ def _steps(n: int, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _multiplies_into_fp32(data: Tensor) -> bool:
-    """Whether data can be multiplied as it is: on CUDA, halves by `mm(..., out_dtype=...)`."""
-    return _on_cuda(data) and (data.dtype not in _PIECES or _HAS_OUT_DTYPE)
+def _to_widen(data: Tensor) -> bool:
+    """Whether data is multiplied in fp32, though it is in half precision."""
+    if data.dtype == torch.float16:
+        return not (_on_cuda(data) and _HAS_OUT_DTYPE)
+    return data.dtype == torch.bfloat16 and few_rows(data)
+
+
+def _wide_on_cpu(data: Tensor) -> bool:
+    return not _on_cuda(data) and data.dtype not in HALF
 
 
 def _on_cuda(t: Tensor) -> bool:
@@ -105,22 +124,14 @@ def _mm_half_into_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _split_product(S: Tensor, data: Tensor) -> Tensor:
-    """`S @ data` for fp32 S (r, m) and half-precision data (m, k), to about fp32 accuracy.
+def _scaled_product(S: Tensor, data: Tensor) -> Tensor:
+    """`S @ data` in fp32, for S (r, m) and fp16 data (m, k), on CUDA.
 
-    S = 2^e * (S_0 + S_1 + ...) with S_i in half precision, each the rounded remainder of the ones
-    before. In fp16, where range is scarce, e brings every row's largest element just below 2^13.
+    A power of two brings every row's largest element just below 2^13, where fp16 has all its bits.
     """
-    pieces = _PIECES[data.dtype]
-    exponent = _row_exponent(S) - 13 if data.dtype == torch.float16 else None
-    rest = S if exponent is None else S * _power_of_two(-exponent)
-    halves = []
-    for _ in range(pieces):
-        halves.append(rest.to(data.dtype))
-        rest = rest - halves[-1].float()
-    product = _mm_half_into_fp32(torch.cat(halves), data)
-    total = product.view(pieces, S.shape[0], data.shape[1]).sum(0)
-    return total if exponent is None else total * _power_of_two(exponent)
+    exponent = _row_exponent(S) - 13
+    product = _mm_half_into_fp32((S * _power_of_two(-exponent)).half(), data)
+    return product * _power_of_two(exponent)
 
 
 def _fitted_to_fp16(S: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,11 +66,13 @@ class Expected:
 
 
 def expected(
-    layer: qsvd.SVDLayer, x: Tensor, dy: Tensor, name: str = "default", wide: bool = True
+    layer: qsvd.SVDLayer, x: Tensor, dy: Tensor, name: str = "default", half: bool | None = None
 ) -> Expected:
     """What one forward and backward must give for x (n, in) and dy (n, out).
 
-    `wide` asks for parameter gradients accurate to fp32 whatever the dtype of x.
+    `half` says whether products that lead to parameter gradients are of x's half-precision dtype:
+    the skinny factor, h or P, and the result cost a roundoff each, of which the sums are free. By
+    default bf16's are, if there are more than 32 rows; all others are accurate to fp32.
     """
     leaf = x.detach().clone().requires_grad_(True)
     y0 = layer.base_layer(leaf)
@@ -94,11 +96,13 @@ def expected(
     dx_bound = 1.02 * ((3 * u + 7 * U32 + g_out + g_r) * products + u * (P @ Q).abs())
     dx_bound += u * dx.abs() + tiny * (2 + Q.abs().sum(0) + P.abs().sum(1, keepdim=True))
 
-    v = U32 if wide else u
+    if half is None:
+        half = x.dtype == torch.bfloat16 and len(x) > 32
+    v = 8 * U32 + (1.02 * 3 * u if half else 0.0)
     h_abs, P_abs = X.abs() @ Q.abs().T, G.abs() @ B.abs()
     dQ, dQ_abs = P.T @ X, P_abs.T @ X.abs()
-    dQ_bound = (g_out + g_n + 8 * v) * dQ_abs
-    dB_bound = (g_in + g_n + 8 * v) * (G.abs().T @ h_abs)
+    dQ_bound = (g_out + g_n + v) * dQ_abs
+    dB_bound = (g_in + g_n + v) * (G.abs().T @ h_abs)
     return Expected(
         y=y,
         y_bound=y_bound,

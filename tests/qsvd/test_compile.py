@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)`: one graph, the same bits, and no compilation that is not needed."""
+"""`torch.compile(fullgraph=True)`: one graph, the same values, and no compilation that is not needed."""
 
 from __future__ import annotations
 
@@ -60,17 +60,27 @@ class Compiled:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_graph_breaks_it_gives_the_same_bits(kind, dtype):
+@pytest.mark.parametrize("rows", [7, 40])
+def test_there_is_no_graph_break_and_values_are_right(kind, dtype, rows):
     adapted = randomised(layer(kind))
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
-    x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 32).to(dtype)
-    dx, want = gradients(adapted, x, dy)
+    x, dy = torch.randn(rows, 64).to(dtype), torch.randn(rows, 32).to(dtype)
+    dx, bits = gradients(adapted, x, dy)
+    want = expected(adapted, x, dy)
     adapted.zero_grad()
     x = x.requires_grad_(True)
-    compiled(x).backward(dy)
+    y = compiled(x)
+    y.backward(dy)
+    found = {p: getattr(adapted, p)["default"].grad for p in PARAMETERS}
 
-    assert torch.equal(x.grad, dx)
-    assert all(torch.equal(getattr(adapted, p)["default"].grad, want[p]) for p in PARAMETERS)
+    assert_within(y, want.y, want.y_bound)
+    assert_within(x.grad, want.dx, want.dx_bound)
+    for p in PARAMETERS:
+        assert_within(found[p], *want.gradients[p])
+    # Of few rows, not compiled, c scales the update instead of E.
+    if rows > 32:
+        assert torch.equal(x.grad, dx)
+        assert all(torch.equal(found[p], bits[p]) for p in PARAMETERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from qsvd._arithmetic import add_adapter
-from qsvd._dropout import draw_mask, unpacked
+from qsvd._dropout import draw_mask
 from tests.qsvd.build import (
     DTYPES,
     KINDS,
@@ -23,12 +22,10 @@ from tests.qsvd.build import (
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 20, 37, 1100])
-def test_every_gradient_is_right_and_the_parameters_to_fp32_accuracy(
-    kind, dtype, rows, monkeypatch
-):
+def test_every_gradient_is_right_and_sums_are_in_fp32(kind, dtype, rows, monkeypatch):
     """
-    The parameters' bounds are fp32's whatever the dtype of x. Blocks are of 16 rows, so that there
-    are many; 1100 half-precision terms summed in half precision would be far outside.
+    Blocks are of 16 rows, so that there are many where x is read in blocks; 1100 half-precision
+    terms summed in half precision would be far outside.
     """
     monkeypatch.setattr("qsvd._products._BLOCK_ELEMENTS", 16 * 64)
     adapted = randomised(layer(kind, r=5, lora_alpha=3))
@@ -79,7 +76,7 @@ def test_first_and_second_derivatives_match_finite_differences(p):
     inputs = [t.requires_grad_(True) for t in (base, x, A, E, B)]
     c = torch.tensor([0.7], dtype=torch.float64)
 
-    mask = draw_mask(nn.Dropout(p), x)
+    mask = draw_mask(p, x) if p else None
 
     assert torch.autograd.gradcheck(lambda *t: add_adapter(*t, c, mask), inputs)
     assert torch.autograd.gradgradcheck(lambda *t: add_adapter(*t, c, mask), inputs)
@@ -121,10 +118,11 @@ def test_without_grad_mode_the_output_requires_none():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_keeps_the_input_and_nothing_else_of_its_size(dtype):
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_backward_keeps_the_input_and_beside_it_h_where_that_is_small(dtype, width):
     n = 4096
-    base, x = torch.randn(n, 32).to(dtype), torch.randn(n, 64).to(dtype).requires_grad_(True)
-    A, E, B = (torch.randn(s, requires_grad=True) for s in ((4, 64), (4, 1), (32, 4)))
+    base, x = torch.randn(n, 32).to(dtype), torch.randn(n, width).to(dtype).requires_grad_(True)
+    A, E, B = (torch.randn(s, requires_grad=True) for s in ((4, width), (4, 1), (32, 4)))
     kept: dict[int, int] = {}
 
     def pack(t):
@@ -132,12 +130,14 @@ def test_backward_keeps_the_input_and_nothing_else_of_its_size(dtype):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        add_adapter(base, x, A, E, B, torch.ones(1))
+        add_adapter(base, x, A, E, B, 1.0)
     beside_x = sum(size for at, size in kept.items() if at != x.untyped_storage().data_ptr())
     parameters = 4 * (A.numel() + E.numel() + B.numel())
 
-    # A, E, B, and the products E * c and A * E * c.
-    assert beside_x <= 2 * parameters
+    h = n * 4 * (2 if dtype == torch.bfloat16 else 4)
+    if dtype != torch.float32 and h > x.nbytes / 25:
+        h = 0
+    assert beside_x == h + parameters
 
 
 def test_a_frozen_adapter_does_not_keep_the_input():
@@ -173,7 +173,7 @@ def test_dropout_uses_the_mask_of_its_forward_in_backward(kind):
     adapted = randomised(layer(kind, lora_dropout=0.5))
     x = torch.ones(6, 64, requires_grad=True)
     torch.manual_seed(5)
-    kept = unpacked(draw_mask(adapted.lora_dropout["default"], x), 6, 64) != 0
+    kept = draw_mask(adapted.lora_dropout["default"].p, x).kept != 0
     torch.manual_seed(5)
     y = adapted(x)
     base = adapted.base_layer(x)
