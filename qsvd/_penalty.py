@@ -86,7 +86,13 @@ class _Distances(torch.autograd.Function):
             # Where F is orthonormal D is zero, and so is the gradient.
             scale = 2.0 * dy / distances.clamp(min=torch.finfo(D.dtype).tiny)
             pushes = D * scale[:, None, None]
-            return tuple(push @ F for push, F in zip(pushes, factors, strict=True))
+            return tuple(_pushed(F, push) for F, push in zip(factors, pushes, strict=True))
+
+
+def _pushed(F: Tensor, push: Tensor) -> Tensor:
+    """push @ F, push (r, r) being symmetric, laid out as F (r, n) is: a gradient laid out otherwise
+    than its parameter would be copied when it is accumulated."""
+    return push @ F if F.is_contiguous() else (F.T @ push).T
 
 
 def _excess(factors: Sequence[Tensor]) -> Tensor:

@@ -18,17 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from conformance.benchmarks.contestants import base_alone, build, make_base, of_port
-from conformance.benchmarks.grid import Scenario
-from conformance.benchmarks.measuring import Subject
 from conformance.benchmarks.timing import calls_for, interleaved, median
-from conformance.port import load_port
-from qsvd import _dropout, _products
+from qsvd import _dropout
 
 TARGET = Path(__file__).parents[2] / "docs" / "performance" / "primitives.json"
 CPU = torch.device("cpu")
 N, D, R = 2048, 1024, 8
 Alternatives = Mapping[str, Callable[[], object]]
+
+
+def layout() -> Alternatives:
+    """The product that is added to base, with h as it was computed, or its transpose copied."""
+    base, h, BT = torch.randn(N, D), torch.randn(R, N), torch.randn(R, D)
+    base, h, BT = (t.bfloat16() for t in (base, h, BT))
+    return {
+        "h.T": lambda: torch.addmm(base, h.T, BT),
+        "h.T copied": lambda: torch.addmm(base, h.T.contiguous(), BT),
+    }
 
 
 def orientation(dtype: torch.dtype) -> Alternatives:
@@ -60,21 +66,19 @@ def few_rows(n: int) -> Alternatives:
 
 
 def block_size() -> Alternatives:
-    """A step of the whole layer, by the fp32 elements of a block in its backward pass."""
-    scenario = Scenario(tokens=N, in_features=D, out_features=D, rank=R)
-    layer = build(of_port(load_port("qsvd"), "qsvd"), make_base(scenario, CPU), scenario)
-    subject = Subject(layer, scenario, CPU)
+    """The four products of a backward pass in fp32, which read x and dy twice, by rows of a block."""
+    x, dy, Q, BT = (torch.randn(*s) for s in ((N, D), (N, D), (R, D), (R, D)))
 
-    def with_blocks(elements: int) -> Callable[[], None]:
-        def step() -> None:
-            _products._BLOCK_ELEMENTS = elements
-            subject.step()
+    def in_blocks(rows: int) -> Callable[[], None]:
+        def run() -> None:
+            for start in range(0, N, rows):
+                x_i, dy_i = x[start : start + rows], dy[start : start + rows]
+                (BT @ dy_i.T) @ x_i
+                (Q @ x_i.T) @ dy_i
 
-        return step
+        return run
 
-    sizes = {f"{2**k * 4 // 2**10} KiB": with_blocks(2**k) for k in (15, 16, 18, 20, 22)}
-    base = Subject(build(base_alone("0"), make_base(scenario, CPU), scenario), scenario, CPU)
-    return {"base alone": base.step, **sizes}
+    return {f"{rows * D * 4 // 2**10} KiB": in_blocks(rows) for rows in (64, 256, 1024, N)}
 
 
 def drawing() -> Alternatives:
@@ -84,13 +88,19 @@ def drawing() -> Alternatives:
     return {
         "dropout(x)": lambda: dropout(x, 0.1),
         "bernoulli_ into bytes": lambda: torch.empty(size, dtype=torch.uint8).bernoulli_(0.9),
-        "half a random word each": lambda: _dropout._kept(size, 0.9, CPU),
+        "half a random word each": lambda: half_words(size),
+        "a quarter of a random word each": lambda: _dropout._draw(size, 0.1, CPU),
     }
+
+
+def half_words(size: int) -> Tensor:
+    words = torch.randint(-(2**63), 2**63 - 1, (size // 2,))
+    return words.view(torch.int32) < round(0.9 * 2**32) - 2**31
 
 
 def packing() -> Alternatives:
     """Eight bytes of 0 and 1 into one of eight bits, and back."""
-    kept = _dropout._kept(N * D, 0.9, CPU)
+    kept = _dropout._draw(N * D, 0.1, CPU)
     mask = _dropout._packed(kept)
     return {
         "pack": lambda: _dropout._packed(kept),
@@ -105,6 +115,7 @@ def masking() -> Alternatives:
     truth = keep.bool()
     return {
         "x * bytes": lambda: x * keep,
+        "x * bytes.to(bf16)": lambda: x * keep.to(x.dtype),
         "x * bool": lambda: x * truth,
         "where": lambda: torch.where(truth, x, 0.0),
         "masked_fill": lambda: x.masked_fill(truth, 0.0),
@@ -133,24 +144,42 @@ def plain_operations() -> Alternatives:
     def folded(base: Tensor, x: Tensor) -> Tensor:
         return torch.addmm(base, x @ (A * (E * c)).T.to(x.dtype), B.T.to(x.dtype))
 
+    def widened(base: Tensor, x: Tensor) -> Tensor:
+        return torch.addmm(base, (x.float() @ (A * (E * c)).T).to(base.dtype), B.T.to(base.dtype))
+
     return {
         "fp32 copy of x, as PEFT": step(peft),
+        "folded, gradients of A in fp32": step(widened),
         "folded, bf16 products": step(folded),
-        "one function, fp32 gradients": step(lambda b, x: add_adapter(b, x, A, E, B, c)),
+        "one function, bf16 products": step(lambda b, x: add_adapter(b, x, A, E, B, c)),
     }
 
 
 def accuracy() -> dict[str, float]:
-    """How far the gradient of Q is off, over its norm: P @ x with P rounded to bf16, or x widened."""
-    P, x = torch.randn(R, N), torch.randn(N, D).bfloat16()
-    exact = P.double() @ x.double()
-    found = {"bf16": (P.bfloat16() @ x).double(), "fp32": (P @ x.float()).double()}
-    return {k: float(f"{(v - exact).norm() / exact.norm():.1g}") for k, v in found.items()}
+    """How far the gradient of Q is off, over its norm, where x and dy have been rounded to bf16.
+
+    "rounded x and dy": by that alone, the products being exact.
+    """
+    x, dy, B = torch.randn(N, D), torch.randn(N, D), torch.randn(D, R)
+    exact = gradient(x.double(), dy.double(), B.double())
+    x, dy = x.bfloat16(), dy.bfloat16()
+    found = {
+        "rounded x and dy": gradient(x.double(), dy.double(), B.double()),
+        "fp32 products": gradient(x.float(), dy.float(), B),
+        "bf16 products": gradient(x, dy, B.bfloat16()),
+    }
+    return {k: float(f"{(v - exact).norm() / exact.norm():.2g}") for k, v in found.items()}
+
+
+def gradient(x: Tensor, dy: Tensor, B: Tensor) -> Tensor:
+    """dy @ B, transposed, times x."""
+    return (B.T @ dy.T) @ x
 
 
 EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "orientation_fp32": lambda: orientation(torch.float32),
     "orientation_bf16": lambda: orientation(torch.bfloat16),
+    "layout": layout,
     "one_row": lambda: few_rows(1),
     "sixteen_rows": lambda: few_rows(16),
     "many_rows": lambda: few_rows(N),

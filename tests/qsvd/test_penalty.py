@@ -44,6 +44,16 @@ def test_an_orthonormal_factor_is_pushed_nowhere():
     assert torch.equal(factor.grad, torch.zeros(3, 5))
 
 
+def test_the_gradient_of_a_transposed_factor_is_laid_out_as_the_parameter_is():
+    B = torch.randn(5, 3, requires_grad=True)
+    (got,) = torch.autograd.grad(_distance(B.T), B)
+    alike = B.T.detach().contiguous().requires_grad_(True)
+    (want,) = torch.autograd.grad(_distance(alike), alike)
+
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, want.T)
+
+
 def test_torch_func_differentiates_it():
     factor = torch.randn(3, 5)
     want = factor.clone().requires_grad_(True)
