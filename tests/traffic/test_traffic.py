@@ -18,7 +18,7 @@ def test_a_half_precision_product_is_one_operation_that_returns_fp32() -> None:
         product = _products.times(S, data)
 
     assert product.dtype == torch.float32
-    assert torch.allclose(product, S @ data.float(), rtol=0, atol=1e-5)
+    assert torch.allclose(product, S.bfloat16().float() @ data.float(), rtol=0, atol=1e-5)
 
 
 def test_no_layer_does_less_than_the_least_and_peft_moves_more() -> None:
@@ -33,7 +33,7 @@ def test_no_layer_does_less_than_the_least_and_peft_moves_more() -> None:
     moved = [sum(row["bytes"].values()) for row in (least, ours, peft)]
     assert moved[0] == least_work(SMALL).bytes
     assert moved == sorted(moved)
-    assert least["flops"] == peft["flops"] < ours["flops"]  # halves in three pieces, in backward
+    assert least["flops"] == peft["flops"] == ours["flops"]
     # No wide copy of x or dy is made: what is cast is small.
     casts = [row["bytes"]["casts and copies"] for row in (ours, peft)]
     assert casts[0] < 2 * 512 * 512 < casts[1]
