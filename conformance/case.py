@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 from conformance.spec import Kind
@@ -172,6 +171,9 @@ def build_base(
     eval forward of `Linear4bit` would also repack the weight and change the arithmetic to bf16;
     `repackable` leaves that on, for the clauses that ask whether a port survives it.
     """
+    # Here, since it takes seconds: who only asks others has no use for it.
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
     dtype = case.torch_dtype
     shape = (case.in_features, case.out_features)
     base: Linear4bit | Linear8bitLt

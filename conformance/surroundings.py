@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import bitsandbytes
 import numpy as np
 import torch
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
 _matmul = torch.backends.cuda.matmul
 
@@ -94,13 +92,6 @@ _OWNERS: tuple[ModuleType | type, ...] = (
     torch.nn.Dropout,
     torch.linalg,
     torch.random,
-    bitsandbytes,
-    bitsandbytes.functional,
-    bitsandbytes.nn,
-    Linear4bit,
-    Linear8bitLt,
-    Params4bit,
-    Int8Params,
     np,
     np.random,
 )
@@ -134,9 +125,22 @@ def restore_settings(before: Mapping[str, Any]) -> None:
 @functools.cache
 def originals() -> Mapping[tuple[ModuleType | type, str], Any]:
     """The functions of the packages that a port builds on, as they are before a port is loaded."""
+    # Here, since it takes seconds: who loads no port has no use for it.
+    import bitsandbytes
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    of_bitsandbytes: tuple[ModuleType | type, ...] = (
+        bitsandbytes,
+        bitsandbytes.functional,
+        bitsandbytes.nn,
+        Linear4bit,
+        Linear8bitLt,
+        Params4bit,
+        Int8Params,
+    )
     return {
         (owner, name): value
-        for owner in _OWNERS
+        for owner in _OWNERS + of_bitsandbytes
         for name, value in vars(owner).items()
         if callable(value) or isinstance(value, (property, classmethod, staticmethod))
         if (owner, name) not in _FOLLOWS_A_SETTING

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from conformance import oracle
@@ -263,6 +262,8 @@ def test_the_base_layer_is_kept_and_frozen(trial: Trial) -> None:
 
 def _with_trainable_storage(case: Case, device: torch.device) -> nn.Module:
     """A 4-bit layer whose packed weight is stored as fp32, so that it can, wrongly, be trained."""
+    from bitsandbytes.nn import Linear4bit
+
     base: nn.Module = Linear4bit(
         case.in_features,
         case.out_features,

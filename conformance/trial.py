@@ -7,12 +7,12 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.internal.conjecture import providers
@@ -452,14 +452,18 @@ def require_plain(what: str, tensor: torch.Tensor | None) -> None:
     """
     if tensor is None:
         return
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in _plain_types():
         raise Violation(f"{what} is a {type(tensor).__name__}, expected a plain torch.Tensor.")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         raise Violation(f"{what} is not strided but {tensor.layout}.")
 
 
-# Exact types: anything derived from them may override what they do.
-_PLAIN = (torch.Tensor, nn.Parameter, Params4bit, Int8Params)
+@cache
+def _plain_types() -> tuple[type, ...]:
+    """Exact types: anything derived from them may override what they do."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    return (torch.Tensor, nn.Parameter, Params4bit, Int8Params)
 
 
 def _number(alpha: float) -> float | int:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.functional import has_avx512bf16
 
 from conformance.spec import KINDS, Kind, clauses
 from conformance.verdict import Outcome
@@ -63,6 +62,8 @@ class Xfail:
     def applies(self, device: torch.device, *, real_model: bool = True) -> bool:
         """Whether the failure is known on this machine, and in a profile with real weights or not."""
         if self.only_on == "avx512_bf16":
+            from bitsandbytes.functional import has_avx512bf16
+
             return device.type == "cpu" and bool(has_avx512bf16())
         if self.only_on == "real_model":
             return real_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.command import PORTS, run_suite
+from tests.conformance.command import PORTS, run_suite, run_suite_repeatedly
 
 HONEST = PORTS / "honest_port.py"
 
@@ -96,20 +96,26 @@ def test_a_broken_should_clause_is_told_and_does_not_fail_the_run() -> None:
     assert "1 SHOULD fail" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--port=no_such_port"], "Port `no_such_port` does not import"),
-        (["--device=cuda:77"], "--device cuda:77 cannot be used"),
-        (["--max-examples=0"], "--max-examples must be at least 1, got 0."),
-        (["--clause=FWD-0"], "--clause FWD-0: SPEC.md has no such clause."),
-        (["--report=verdict.txt"], "the name must end in .json or .html."),
-        (["--case={}"], "--case: Not a case"),
-        (["--port=qsvd", "--port=qsvd"], "a port named `qsvd` is given already"),
-    ],
-)
-def test_a_wrong_option_is_one_clean_line(arguments: list[str], message: str) -> None:
-    done = run_suite(*arguments)
-    assert done.returncode == 4
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+WRONG = [
+    (["--port=no_such_port"], "Port `no_such_port` does not import"),
+    (["--device=cuda:77"], "--device cuda:77 cannot be used"),
+    (["--max-examples=0"], "--max-examples must be at least 1, got 0."),
+    (["--clause=FWD-0"], "--clause FWD-0: SPEC.md has no such clause."),
+    (["--report=verdict.txt"], "the name must end in .json or .html."),
+    (["--case={}"], "--case: Not a case"),
+    (["--port=qsvd", "--port=qsvd"], "a port named `qsvd` is given already"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals() -> list[tuple[int, str]]:
+    """Exit code and stderr for each of `WRONG`, the suite being started once for all."""
+    return run_suite_repeatedly([arguments for arguments, _ in WRONG])
+
+
+@pytest.mark.parametrize("which", range(len(WRONG)), ids=[w[0][0] for w in WRONG])
+def test_a_wrong_option_is_one_clean_line(which: int, refusals: list[tuple[int, str]]) -> None:
+    code, said = refusals[which]
+    assert code == 4
+    assert WRONG[which][1] in said
+    assert "Traceback" not in said

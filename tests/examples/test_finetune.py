@@ -196,8 +196,8 @@ def test_the_command_makes_the_page(
     pairs = runs.read_pairs()[:9]
     monkeypatch.setattr(runs, "read_pairs", lambda: pairs)
     monkeypatch.setattr(runs, "BATCH", 2)
-    monkeypatch.setattr(runs, "MEMORY_STEPS", 4)
-    monkeypatch.setattr(runs, "TIMED_STEPS", 4)
+    monkeypatch.setattr(runs, "MEMORY_STEPS", 2)
+    monkeypatch.setattr(runs, "TIMED_STEPS", 2)
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: runs.main(command[2:]))
     monkeypatch.setattr(
         runs, "run_in_turns", lambda commands: [runs.main(c[2:-1]) for c in commands]
