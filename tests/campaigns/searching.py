@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -35,6 +35,38 @@ class HalfTrial(Trial):
             self.check(body, probes)
         else:
             super().search(cases, body, () if self.half == "search" else probes, cost)
+
+
+@dataclass
+class SharingTrial(HalfTrial):
+    """A trial that searches once for all variants: a seed gives each of them the same cases.
+
+    What hypothesis draws depends on the seed and on the strategy; no passing body changes it. So the
+    first variant's cases are kept, unless something failed and was shrunk, and the others are
+    asked of those: the search costs as much as asking does.
+    """
+
+    cases: list[Case] = field(default_factory=list)
+
+    def search(
+        self,
+        cases: SearchStrategy[Case],
+        body: Callable[[Case], None],
+        probes: Iterable[Case] = (),
+        cost: int = 1,
+    ) -> None:
+        if self.cases and self.half == "search":
+            self.check(body, list(self.cases))
+            return
+        drawn: list[Case] = []
+
+        def noted(case: Case) -> None:
+            drawn.append(case)
+            body(case)
+
+        super().search(cases, noted, probes, cost)
+        if self.half == "search":
+            self.cases.extend(drawn)
 
 
 class _Looking(Trial):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
 from conformance.profile import PROFILES, Profile
 from conformance.spec import Kind, clauses
 from conformance.trial import NotApplicable, run_clause
 from conformance.violation import Violation
-from tests.campaigns.searching import HalfTrial, searches
+from tests.campaigns.searching import SharingTrial, searches
 from tests.mutants.allocator_variants import ALLOCATORS
 from tests.mutants.asking import by_clause, kinds, unchanged_torch
 from tests.mutants.mutant import chapter_of
@@ -34,38 +32,6 @@ class Unit:
     seed: int
     variants: tuple[str, ...]
     clauses: tuple[str, ...]
-
-
-@dataclass
-class SharingTrial(HalfTrial):
-    """A trial that searches once for all variants: a seed gives each of them the same cases.
-
-    What hypothesis draws depends on the seed and on the strategy; no passing body changes it. So the
-    first variant's cases are kept, unless something failed and was shrunk, and the others are
-    asked of those: the search costs as much as asking does.
-    """
-
-    cases: list[Case] = field(default_factory=list)
-
-    def search(
-        self,
-        cases: SearchStrategy[Case],
-        body: Callable[[Case], None],
-        probes: Iterable[Case] = (),
-        cost: int = 1,
-    ) -> None:
-        if self.cases and self.half == "search":
-            self.check(body, list(self.cases))
-            return
-        drawn: list[Case] = []
-
-        def noted(case: Case) -> None:
-            drawn.append(case)
-            body(case)
-
-        super().search(cases, noted, probes, cost)
-        if self.half == "search":
-            self.cases.extend(drawn)
 
 
 @dataclass

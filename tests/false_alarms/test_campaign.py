@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns.searching import HalfTrial
+from tests.campaigns.searching import HalfTrial, SharingTrial
 from tests.false_alarms.__main__ import main
 from tests.false_alarms.campaign import (
     HONEST,
     Finding,
-    SharingTrial,
     Unit,
     ask_unit,
     reproducer,
