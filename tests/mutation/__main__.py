@@ -1,7 +1,8 @@
 """`python -m tests.mutation`: judge every mutant of `qsvd`, then write docs/mutation.md.
 
-A run that is cut off goes on where it stopped, as long as the sources are the same. `--only TEXT` judges
-the mutants whose name has the text; `--report` writes the page from what was judged before.
+A run that is cut off goes on where it stopped, and one after a change judges the mutants of functions that
+have changed; `--anew` judges all whose verdict is of other sources. `--only TEXT` judges the mutants whose
+name has the text; `--report` writes the page from what was judged before.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("--only", metavar="TEXT", default="", help="judge these mutants alone")
     parser.add_argument("--report", action="store_true", help="judge nothing, write the page")
+    parser.add_argument("--anew", action="store_true", help="judge all under these very sources")
     given = parser.parse_args(arguments)
-    results = Results()
     mutants = all_mutants()
+    results = Results(mutants, anew=given.anew)
     if not given.report:
         judge_all([m for m in mutants if given.only in m.name], results)
     if given.only:
         return 0
+    results.tidy()
     try:
-        write_page(mutants, results.current)
+        write_page(mutants, results.current, len(results.exact))
     except ClassificationError as error:
         print(error, file=sys.stderr)
         return 1

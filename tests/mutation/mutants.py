@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,7 +49,10 @@ FILES = _with_imports("_dispatch.py")
 
 @dataclass(frozen=True)
 class Mutant:
-    """`source` is the mutated file; `lines` is the statement that was changed, in the original."""
+    """`source` is the mutated file; `lines` is the statement that was changed, in the original.
+
+    `original` is a digest of the function as it is, or of the statement if there is none around it.
+    """
 
     file: str
     function: str
@@ -58,6 +62,7 @@ class Mutant:
     lines: tuple[int, int]
     # Code at module or class level runs at import, which every clause needs.
     at_import: bool
+    original: str = ""
 
     @property
     def name(self) -> str:
@@ -88,13 +93,14 @@ def mutants_of(path: Path) -> list[Mutant]:
         if meaning in seen:
             continue
         seen.add(meaning)
-        function, lines, at_import = _place(ast.parse(source), position)
+        function, lines, at_import, original = _place(ast.parse(source), position)
         change = _change(source, mutated)
         names[function, change] += 1
         if names[function, change] > 1:
             change += f" (#{names[function, change]})"
         diff = _diff(source, mutated)
-        found.append(Mutant(path.name, function, change, diff, mutated, lines, at_import))
+        mutant = Mutant(path.name, function, change, diff, mutated, lines, at_import, original)
+        found.append(mutant)
     return found
 
 
@@ -122,10 +128,14 @@ def _meaning(source: str) -> str:
     return ast.dump(tree)
 
 
-def _place(tree: ast.Module, line: int) -> tuple[str, tuple[int, int], bool]:
-    """The qualified name of what holds a line, the lines of its statement, whether import runs it."""
+def _place(tree: ast.Module, line: int) -> tuple[str, tuple[int, int], bool, str]:
+    """The qualified name of what holds a line, the lines of its statement, whether import runs it.
+
+    And a digest of the function around it, or of the statement.
+    """
     names: list[str] = []
     lines = (line, line)
+    around: Any = None
     in_function = False
     body: list[Any] = list(tree.body)
     while body:
@@ -143,8 +153,11 @@ def _place(tree: ast.Module, line: int) -> tuple[str, tuple[int, int], bool]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.append(node.name)
             in_function |= isinstance(node, ast.FunctionDef) and line >= first
+        if not isinstance(around, ast.FunctionDef):
+            around = node
         body = children
-    return ".".join(names) or "module", lines, not in_function
+    digest = hashlib.sha256(ast.dump(around).encode()).hexdigest()[:12] if around else ""
+    return ".".join(names) or "module", lines, not in_function, digest
 
 
 def _first_line(node: Any) -> int:

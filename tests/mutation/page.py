@@ -26,8 +26,8 @@ the command.
 """
 
 
-def write_page(mutants: Sequence[Mutant], verdicts: Mapping[str, Verdict]) -> None:
-    """Write the page of what has been judged.
+def write_page(mutants: Sequence[Mutant], verdicts: Mapping[str, Verdict], exact: int) -> None:
+    """Write the page of what has been judged, `exact` of it under the sources as they are.
 
     Raises:
         ClassificationError: when survivors.toml is not in step.
@@ -38,17 +38,22 @@ def write_page(mutants: Sequence[Mutant], verdicts: Mapping[str, Verdict]) -> No
         if (found := verdicts.get(m.name)) is not None
     ]
     classified = load(judged, complete=len(judged) == len(mutants))
-    PATH.write_text("\n".join(_lines(mutants, judged, classified)) + "\n", encoding="utf-8")
+    PATH.write_text("\n".join(_lines(mutants, judged, classified, exact)) + "\n", encoding="utf-8")
 
 
 def _lines(
-    mutants: Sequence[Mutant], judged: Sequence[Judged], classified: Classified
+    mutants: Sequence[Mutant], judged: Sequence[Judged], classified: Classified, exact: int
 ) -> Iterator[str]:
     yield _HEAD
     packages = ("torch", "bitsandbytes", "cosmic-ray", "hypothesis")
     yield f"Versions: {', '.join(f'{p} {version(p)}' for p in packages)}."
     if len(judged) < len(mutants):
         yield f"\n**Not complete**: {len(judged)} of {len(mutants)} mutants were judged."
+    if exact < len(judged):
+        yield (
+            f"\n{exact} verdicts are of exactly these sources; of the others, the mutated function was "
+            "the same."
+        )
     yield "\n## By file\n"
     yield "| file | mutants | judged | killed by the suite | by tests/qsvd alone | by neither |"
     yield "|---|---:|---:|---:|---:|---:|"

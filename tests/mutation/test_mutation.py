@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,14 +108,36 @@ def test_the_judge_finds_who_notices(small_judge: judge.Judge) -> None:
     assert "test_refusals.py::" in by_tests.test
 
 
-def test_results_go_on_where_they_stopped_and_forget_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "deep.jsonl"
-    Results(path).add("one", Verdict(clause="FWD-1", asked=3))
-    again = Results(path)
-    assert again.current == {"one": Verdict(clause="FWD-1", asked=3)}
+def test_results_go_on_where_they_stopped_and_forget_nothing(
+    mutants: list[Mutant], tmp_path: Path
+) -> None:
+    path, name = tmp_path / "deep.jsonl", mutants[-1].name
+    verdict = Verdict(clause="FWD-1", asked=3)
+    Results(mutants, path).add(name, verdict)
+    again = Results(mutants, path)
+    assert (again.current, again.exact) == ({name: verdict}, {name})
     path.write_text(path.read_text().replace(again.sources, "others"))
-    later = Results(path)
-    assert (later.current, list(later.former)) == ({}, ["one"])
+    later = Results(mutants, path)
+    assert (later.current, later.exact) == ({name: verdict}, set())
+    anew = Results(mutants, path, anew=True)
+    assert (anew.current, anew.former) == ({}, {name: verdict})
+    changed = [replace(m, original="changed") for m in mutants]
+    assert Results(changed, path).former == {name: verdict}
+    later.add(mutants[0].name, verdict)
+    later.tidy()
+    assert list(Results(mutants, path).current) == [mutants[0].name, name]
+
+
+def test_a_function_around_a_mutant_is_told_from_another(tmp_path: Path) -> None:
+    found = {}
+    for change in ("x + x", "x + x + 0"):
+        path = tmp_path / "scale.py"
+        path.write_text(SOURCE.replace("x + x", change))
+        of = {m.change: m.original for m in mutants_of(path)}
+        found[change] = (of["b=2, → nothing"], next(v for k, v in of.items() if "size" in k))
+    (one, alike), (other, same) = found.values()
+    assert one != other
+    assert alike == same
 
 
 ENTRY = """
