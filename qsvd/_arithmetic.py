@@ -127,8 +127,8 @@ class _AddAdapter(torch.autograd.Function):
         needs_Q = needs_A or needs_E
         # A second derivative needs h as a function of x, and the products that are zero in the first.
         again = torch.is_grad_enabled()
-        # Contiguous: B.T as it is would be read at half the speed.
-        BT = B.T if few_rows(dy) else B.T.contiguous()
+        # Contiguous: B.T as it is would be read at half the speed, but in bf16.
+        BT = B.T if few_rows(dy) or dy.dtype == torch.bfloat16 else B.T.contiguous()
         kept = None
         if bits is not None:
             kept = unpacked(bits, dy.shape[0], A.shape[1]).to(ctx.x_dtype)  # n, in
@@ -163,11 +163,12 @@ class _AddAdapter(torch.autograd.Function):
                     dx.mul_(kept)
             dA = dQ * Ec if dQ is not None and needs_A else None
             dE = (dQ * A).sum(1, keepdim=True) * c if dQ is not None and needs_E else None
-            if dBT is not None:
-                dBT = dBT.to(B.dtype)
-                if live is not None:
-                    dBT = torch.zeros_like(BT).index_copy_(0, live, dBT)
-        dB = None if dBT is None else dBT.T
+            if dBT is not None and live is not None:
+                dBT = torch.zeros_like(BT, dtype=dBT.dtype).index_copy_(0, live, dBT)
+        dB = None
+        if dBT is not None:
+            # As B is laid out, or it would be copied once more where it is accumulated.
+            dB = dBT.T.to(B.dtype, memory_format=torch.contiguous_format)
         return dy if needs_base else None, dx, dA, dE, dB, None, None, None
 
 
@@ -196,8 +197,9 @@ def _live_ranks(E: Tensor, rows: Tensor) -> Tensor | None:
     """
     if E.numel() < _MANY_RANKS or few_rows(rows) or not _at_hand(E):
         return None
-    live = E.detach().flatten().nonzero().flatten()
-    return live if 4 * live.numel() <= 3 * E.numel() else None
+    # A list: three small operations would take longer.
+    live = [i for i, (value,) in enumerate(E.tolist()) if value != 0.0]
+    return torch.tensor(live, dtype=torch.int64) if 4 * len(live) <= 3 * len(E) else None
 
 
 def _at_hand(t: Tensor) -> bool:
