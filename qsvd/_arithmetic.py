@@ -142,6 +142,8 @@ class _AddAdapter(torch.autograd.Function):
             live = None if again else _live_ranks(E, dy)
             if live is not None:
                 Q = Q[live]
+            if h is not None and len(h) != len(Q):
+                h = None  # of live ranks, and a compiler that has backward alone looks for none
             reads_x = needs_Q or (needs_B and h is None)
             for at in steps(dy, x) if reads_x else steps(dy):
                 dy_i = widened(dy[at])  # block, out

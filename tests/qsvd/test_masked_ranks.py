@@ -43,6 +43,21 @@ def test_values_and_gradients_are_those_of_all_ranks(kind, dtype, live):
     )
 
 
+def test_backward_need_not_look_for_the_live_ranks_as_forward_did(monkeypatch):
+    """
+    A compiler that is given backward alone does not.
+    """
+    adapted = masked_layer("4bit", (7,))
+    x, dy = torch.randn(ROWS, 64), torch.randn(ROWS, 32)
+    want = expected(adapted, x, dy)
+    y = adapted(x.requires_grad_(True))
+    monkeypatch.setattr(_arithmetic, "_live_ranks", lambda E, rows: None)
+    y.backward(dy)
+
+    for name in PARAMETERS:
+        assert_within(getattr(adapted, name)["default"].grad, *want.gradients[name])
+
+
 @pytest.mark.parametrize("frozen", [(p,) for p in PARAMETERS])
 def test_whatever_is_frozen_the_rest_has_the_same_gradients(frozen):
     adapted = masked_layer("4bit", (2, 5))
