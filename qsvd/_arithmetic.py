@@ -112,8 +112,7 @@ class _AddAdapter(torch.autograd.Function):
         _, h = output
         ctx.mark_non_differentiable(h)
         trained = any(ctx.needs_input_grad[2:5])
-        small = x.dtype not in HALF or h.nbytes <= _KEPT_SHARE * x.nbytes
-        saved_h = h if ctx.needs_input_grad[4] and small else None
+        saved_h = h if ctx.needs_input_grad[4] and _is_kept(h, x) else None
         ctx.x_dtype = x.dtype
         ctx.c = c if isinstance(c, float) else None
         saved_c = None if isinstance(c, float) else c
@@ -190,6 +189,14 @@ def _add_to_few_rows(
     else:
         y = torch.add(base, update, alpha=c, out=torch.empty_like(base))
     return y, part, c
+
+
+def _is_kept(h: Tensor, x: Tensor) -> bool:
+    """Whether h is saved for the backward pass beside x."""
+    if x.dtype not in HALF:
+        return True
+    # A compiler decides for itself what it computes again; and sizes may be symbols to it.
+    return not torch.compiler.is_compiling() and h.nbytes <= _KEPT_SHARE * x.nbytes
 
 
 def _live_ranks(E: Tensor, rows: Tensor) -> Tensor | None:

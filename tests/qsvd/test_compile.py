@@ -39,9 +39,9 @@ class Compiled:
         self.layer = torch.compile(adapted, fullgraph=True, backend=self.counter, **options)
         self.adapted = adapted
 
-    def __call__(self, rows: int) -> None:
+    def __call__(self, rows: int, dtype: torch.dtype = torch.float32) -> None:
         """A forward and a backward; values and gradients have the bits of the layer as it is."""
-        x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
+        x, dy = torch.randn(rows, 64).to(dtype), torch.randn(rows, 32).to(dtype)
         self.adapted.zero_grad()
         dx, want = gradients(self.adapted, x, dy)
         self.adapted.zero_grad()
@@ -95,12 +95,16 @@ def test_with_dropout_there_is_no_graph_break(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_numbers_of_rows_are_no_compilation(kind):
-    compiled = Compiled(randomised(layer(kind)), dynamic=True)
-    compiled(40)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_numbers_of_rows_are_no_compilation(kind, dtype):
+    adapted = layer(kind)
+    adapted.update_layer("other", 3)
+    adapted.set_adapter(["default", "other"])
+    compiled = Compiled(randomised(adapted), dynamic=True)
+    compiled(40, dtype)
     first = compiled.times
     for rows in (41, 67, 1000):
-        compiled(rows)
+        compiled(rows, dtype)
 
     assert compiled.times == first
 
