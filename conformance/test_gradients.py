@@ -29,7 +29,7 @@ def assert_gradients(
     *,
     x: np.ndarray | None = None,
     dout: np.ndarray | None = None,
-    layout: str = "",
+    when: str = "",
 ) -> None:
     """The gradients of a run are within their bounds, given the base layer's own gradient of x."""
     x = setup.data.x if x is None else x
@@ -42,9 +42,8 @@ def assert_gradients(
     ):
         return
     expected = oracle.expected_gradients(x, adapters, dout, base.dx, setup.arithmetic)
-    of = f" with a {layout} incoming gradient" if layout else ""
     if "dx" in parts:
-        trial.assert_within(f"dx{of}", run.dx, expected.dx)
+        trial.assert_within(f"dx{when}", run.dx, expected.dx)
     for part, got, wanted in (
         ("dA", run.dA, expected.dA),
         ("dE", run.dE, expected.dE),
@@ -52,7 +51,7 @@ def assert_gradients(
     ):
         if part in parts:
             for name, gradient, bounded in zip(setup.case.names, got, wanted, strict=True):
-                trial.assert_within(f"{part} of `{name}`{of}", gradient, bounded)
+                trial.assert_within(f"{part} of `{name}`{when}", gradient, bounded)
 
 
 def _gradient_search(trial: Trial, part: Part) -> None:
@@ -228,7 +227,8 @@ def test_layout_of_the_incoming_gradient(trial: Trial) -> None:
         }
         for layout, view in layouts.items():
             run = setup.run(dout=view)
-            assert_gradients(trial, setup, run, dout=as_float64(view), layout=layout)
+            of = f" with a {layout} incoming gradient"
+            assert_gradients(trial, setup, run, dout=as_float64(view), when=of)
 
     trial.check(body, probes(trial.kind))
 

@@ -54,6 +54,7 @@ Corner = Literal[
     "negative E",
     "large values",
     "checkpointing",
+    "compiled",
     "backward",
     "second backward",
     "17 rows",
