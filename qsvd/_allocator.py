@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsvd._checks import check_count, check_known_names
+from qsvd._checks import check_count
 from qsvd._config import AdaLoraConfig
 from qsvd._distributed import Peers, group_of, is_shard, local, placed, reshard, unwrapped
 from qsvd._gathering import gathered, whole
 from qsvd._importance import all_finite, most_important, triplet_importance, update_averages
-from qsvd._layer import SVDLayer
-from qsvd._model import note_pattern
+from qsvd._model import layers_with, note_pattern
 from qsvd._schedule import Schedule
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
@@ -53,11 +52,9 @@ class RankAllocator:
     ) -> None:
         self._group = group_of(model)
         self._model = unwrapped(model)
-        layers = {n: m for n, m in self._model.named_modules() if isinstance(m, SVDLayer)}
-        check_known_names([adapter_name], {name for m in layers.values() for name in m.lora_A})
         self.config = config
         self.adapter_name = adapter_name
-        self._layers = {n: m for n, m in layers.items() if adapter_name in m.lora_A}
+        self._layers = layers_with(self._model, adapter_name)
         self.schedule = Schedule.of(config, [m.r[adapter_name] for m in self._layers.values()])
         self.budget = self.schedule.initial
         self._means: dict[str, Tensor] = {}

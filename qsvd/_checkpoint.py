@@ -21,7 +21,7 @@ from qsvd._distributed import Peers, check_not_distributed, group_of, reshard
 from qsvd._files import CONFIG_HASH, config_hash, read_pair, write_pair
 from qsvd._gathering import whole
 from qsvd._layer import SVDLayer
-from qsvd._model import adapted_layers, put_in_place, record_of
+from qsvd._model import adapted_layers, layers_with, put_in_place, record_of
 from qsvd._targets import find_targets
 
 M = TypeVar("M", bound=nn.Module)
@@ -75,11 +75,11 @@ def save_adapter(
         ValueError: for a model that is not adapted, or has no such adapter.
         RuntimeError: on the other processes, if the first one could not write.
     """
+    adapted = layers_with(model, adapter_name)
     record = record_of(model)
     check_known_names([adapter_name], record.configs if record else ())
     assert record is not None  # sanity check: the line above has refused
     config = record.configs[adapter_name]
-    adapted = adapted_layers(model)
     reshard(model)
     peers = Peers.of(group_of(model), [layer.lora_E[adapter_name] for layer in adapted.values()])
     layers = _triplets(adapted, adapter_name)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.hub import tqdm  # type: ignore[attr-defined]  # a plain counter without tqdm
 
-from qsvd._checks import check_new_name
+from qsvd._checks import check_known_names, check_new_name
 from qsvd._config import AdaLoraConfig
 from qsvd._dispatch import layer_for
 from qsvd._distributed import check_not_distributed, unwrapped
@@ -141,6 +141,22 @@ def adapted_layers(model: nn.Module) -> dict[str, SVDLayer]:
     """
     modules = unwrapped(model).named_modules()
     return {name: m for name, m in modules if isinstance(m, SVDLayer)}
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SVDLayer]:
+    """The layers of a model that have an adapter, by name, in its order.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(
+            "The model has no layer of qsvd's: `qsvd.adapt(model, config)` adapts it. A model that "
+            "PEFT adapted keeps PEFT's allocator; `qsvd.integrations.peft.accelerate` makes it faster."
+        )
+    check_known_names([adapter_name], {name for m in layers.values() for name in m.lora_A})
+    return {name: m for name, m in layers.items() if adapter_name in m.lora_A}
 
 
 def record_of(model: nn.Module) -> Record | None:

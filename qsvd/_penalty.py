@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsvd._checks import check_known_names
 from qsvd._gathering import whole
-from qsvd._layer import SVDLayer
+from qsvd._model import layers_with
 
 # Factors that share a node of the graph: enough that the node costs little.
 _GROUP = 8
@@ -42,11 +41,8 @@ def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tenso
 
 def _factors(model: nn.Module, adapter_name: str) -> list[Tensor]:
     """All A (r, in), and all B transposed, (r, out)."""
-    layers = [m for m in model.modules() if isinstance(m, SVDLayer)]
-    known = {name for layer in layers for name in layer.lora_A}
-    check_known_names([adapter_name], known)
-    mine = [layer for layer in layers if adapter_name in layer.lora_A]
-    factors = whole([p[adapter_name] for m in mine for p in (m.lora_A, m.lora_B)])
+    layers = layers_with(model, adapter_name).values()
+    factors = whole([p[adapter_name] for m in layers for p in (m.lora_A, m.lora_B)])
     return [f.T if i % 2 else f for i, f in enumerate(factors)]
 
 

@@ -23,6 +23,7 @@ CHAPTERS: dict[str, str | tuple[str, ...]] = {
     "ADPT": "test_adapters",
     "DTYPE": "test_dtypes",
     "STATE": "test_state",
+    "COMP": "test_compilation",
     "ENV": "test_surroundings",
     "RANK": "test_allocation",
 }

@@ -358,12 +358,13 @@ def test_the_penalty_is_the_references() -> None:
         assert within(_array(B.grad).T, *dBT)
 
 
-def test_the_penalty_of_an_unknown_adapter_is_refused() -> None:
-    model, _ = adapted()
+def test_a_model_without_the_adapter_is_refused() -> None:
+    model, allocator = adapted()
     with pytest.raises(ValueError, match="No adapter 'other'"):
         qsvd.orthogonal_penalty(model, "other")
-    with pytest.raises(ValueError, match="No adapter 'default'"):
-        qsvd.orthogonal_penalty(nn.Linear(2, 2))
+    for wants_layers in (qsvd.orthogonal_penalty, lambda m: RankAllocator(m, allocator.config)):
+        with pytest.raises(ValueError, match=r"no layer of qsvd's: `qsvd\.adapt\(model, config\)`"):
+            wants_layers(nn.Linear(2, 2))
 
 
 def test_training_under_a_falling_budget_learns() -> None:
