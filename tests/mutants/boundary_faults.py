@@ -224,3 +224,17 @@ class WrongOver8bit(HonestLayer):
     def factor(self, name: str) -> Tensor:
         eight_bit = hasattr(self.base_layer, "state")
         return super().factor(name) * (1.0 + 0.05 * eight_bit)
+
+
+@mutant(
+    "leaves masked ranks of tall batches out for good",
+    kills=("GRAD-15",),
+    kind="masks",
+    only="65 rows",
+)
+class ForgetsMaskedRanks(HonestLayer):
+    def product(self, x: Tensor, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+        masked = E == 0
+        if x.numel() > 64 * x.shape[-1] and 2 * int(masked.sum()) >= len(E):
+            E = torch.where(masked, E.detach(), E)
+        return super().product(x, A, E, B)

@@ -45,6 +45,13 @@ def test_elements_are_kept_with_their_chance_in_every_place_of_a_byte(p):
     assert (kept - (1 - p)).abs().max() < 7 * math.sqrt(p * (1 - p) / n)
 
 
+@pytest.mark.parametrize("p", [2.0**-18, 1.0 - 2.0**-18])
+def test_chances_that_a_quarter_of_a_word_is_too_coarse_for(p):
+    for _ in range(8):
+        dropped = 1.0 - draw_mask(p, torch.empty(64, 256)).kept.double().mean()
+        assert abs(dropped - p) < 2e-3
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_where_nothing_or_everything_is_dropped_nothing_is_drawn(p):
     x = torch.ones(2, 8)
