@@ -141,6 +141,15 @@ def test_a_dropout_that_is_more_than_dropout_is_called(change):
     assert called or change == "inplace"
 
 
+@pytest.mark.parametrize("hook", HOOKS[:2])
+def test_hooks_of_a_dropout_that_drops_nothing_are_called(hook):
+    adapted = randomised(layer("4bit", lora_dropout=0.0))
+    called = []
+    getattr(adapted.lora_dropout["default"], hook)(lambda *_: called.append(1))
+    adapted(torch.randn(3, 64))
+    assert called
+
+
 def test_a_dropped_infinity_is_not_hidden():
     """
     inf * 0 is NaN in `nn.Dropout`, too.
