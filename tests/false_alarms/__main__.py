@@ -1,4 +1,7 @@
-"""`python -m tests.false_alarms`: honest layers under many seeds, resumable, and docs/false-alarms.md."""
+"""`python -m tests.false_alarms`: honest layers under many seeds, resumable, and docs/false-alarms.md.
+
+`--variant` asks a few; the others keep the rows that they have in docs/false-alarms.json.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from conformance.spec import clauses
 from tests.campaigns.journal import ROOT, Journal, fingerprint, versions
 from tests.campaigns.searching import searches
 from tests.campaigns.workers import WorkerError, forked
-from tests.false_alarms import page
+from tests.false_alarms import page, rows
 from tests.false_alarms.campaign import HONEST, Finding, Unit, ask_unit, reproducer, units
 from tests.mutants.asking import kinds
 
@@ -60,14 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[red]{error}")
         return 1
     alarms = sum(len(f.alarms) for f in findings)
-    if not given.clause and given.page is not None:
-        command = "python -m tests.false_alarms " + " ".join(
-            f"--{p}-seeds={len(seeds)}" for p, seeds in _seeds(given)
-        )
-        text = page.render(
-            findings, command=command, versions=versions(), fingerprint=journal.under
-        )
-        page.write(text, given.page)
+    if not given.clause and given.seed is None:
+        kept = rows.merged(rows.load(given.rows), rows.rows_of(findings, journal.under))
+        rows.save(kept, given.rows)
+        page.write(page.render(kept, versions=versions()), given.page)
     console.print(f"{alarms} alarms in {len(findings)} runs.")
     return 1 if alarms else 0
 
@@ -114,13 +113,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variant", action="append", choices=list(HONEST), metavar="NAME")
     parser.add_argument("--profile", choices=list(PROFILES)[:2], help="this profile only")
-    parser.add_argument("--seed", type=int, help="this seed only (of quick, or of --profile)")
+    parser.add_argument(
+        "--seed", type=int, help="this seed only (of quick, or of --profile); nothing is written"
+    )
     parser.add_argument(
         "--clause", action="append", choices=list(clauses()), metavar="ID",
         help="these clauses only: to see an alarm again; nothing is written",
     )  # fmt: skip
     parser.add_argument(
         "--journal", type=Path, default=JOURNAL, help="where finished runs are kept"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        default=rows.PATH,
+        help="results by variant, which are brought up to date",
     )
     parser.add_argument("--page", type=Path, default=page.PAGE, help="the page that is written")
     return parser

@@ -18,6 +18,7 @@ from tests.false_alarms.campaign import (
     units,
 )
 from tests.false_alarms.page import PAGE, render
+from tests.false_alarms.rows import Row, load, merged, rows_of, save
 from tests.mutants.asking import verdict
 from tests.mutants.gallery import MUTANTS
 from tests.mutants.variants import VARIANTS
@@ -62,7 +63,7 @@ def test_an_alarm_is_found_counted_and_reproducible(monkeypatch: pytest.MonkeyPa
         (finding,) = ask_unit(Unit("quick", seed, ("faulty",), ("FWD-1",)))
         assert finding.alarms
         assert f"--seed={seed} --clause=FWD-1" in reproducer(finding, finding.alarms[0])
-        page = render([finding], command="c", versions={}, fingerprint="f")
+        page = render(rows_of([finding], "f"), versions={})
         assert "there were alarms" in page
         assert reproducer(finding, finding.alarms[0]) in page
 
@@ -86,7 +87,12 @@ def test_a_tiny_campaign_writes_the_page_and_resumes(
         "tests.false_alarms.campaign.clauses", lambda: dict.fromkeys(("FWD-1", "FWD-2"))
     )
     journal, page = tmp_path / "journal.jsonl", tmp_path / "page.md"
-    arguments = [*TINY, f"--journal={journal}", f"--page={page}"]
+    arguments = [
+        *TINY,
+        f"--journal={journal}",
+        f"--page={page}",
+        f"--rows={tmp_path / 'rows.json'}",
+    ]
     assert main(arguments) == 0
     lines = journal.read_text().splitlines()
     assert len(lines) == 4
@@ -99,10 +105,27 @@ def test_a_tiny_campaign_writes_the_page_and_resumes(
     assert sum("compared" in json.loads(ln) for ln in journal.read_text().splitlines()[:2]) == 2
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the campaign has not been run yet")
-def test_the_page_is_about_these_variants() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert [name for name in VARIANTS if f"\n| {name} |" not in text] == []
+def test_a_campaign_of_a_few_variants_leaves_the_others_rows(tmp_path: Path) -> None:
+    def row(variant: str, seeds: int, sources: str, alarms: tuple[str, ...] = ()) -> Row:
+        return Row(variant, "quick", seeds, 1, 2, 3, 0.5, sources, alarms)
+
+    old = [row(NAMES[0], 9, "old"), row(NAMES[1], 9, "old"), row("is no more", 9, "old")]
+    save(merged(old, [row(NAMES[1], 4, "new", ("why",))]), tmp_path / "rows.json")
+    assert load(tmp_path / "rows.json") == [
+        row(NAMES[1], 4, "new", ("why",)),
+        row(NAMES[0], 9, "old"),
+    ]
+
+
+def test_the_page_is_what_the_rows_say_and_about_these_variants() -> None:
+    rows = load()
+    assert (
+        render(rows, versions={}).partition("## With")[0]
+        == (PAGE.read_text(encoding="utf-8").partition("## With")[0])
+    )
+    seeds = {(row.variant, row.profile): row.seeds for row in rows}
+    assert [v for v in VARIANTS if seeds.get((v, "quick"), 0) < 200] == []
+    assert [v for v in VARIANTS if seeds.get((v, "standard"), 0) < 20] == []
 
 
 def test_a_finding_survives_the_journal() -> None:
