@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from qsvd._arithmetic import number
 from tests.qsvd.build import KINDS, PARAMETERS, gradients, layer, randomised
 
 
@@ -73,3 +74,15 @@ def test_torch_func_differentiates_through_the_adapter():
 
     _, want = gradients(adapted, x, torch.ones(3, 32))
     torch.testing.assert_close(torch.func.grad(loss)(E), want["lora_E"])
+
+
+def test_a_number_is_looked_at_only_where_it_can_be():
+    class Lazy(torch.Tensor):
+        def item(self):
+            raise AssertionError("Somebody looked.")
+
+    cpu = torch.device("cpu")
+    assert number(torch.tensor([3.0]), cpu) == 3.0
+    assert isinstance(number(torch.tensor([3.0]).as_subclass(Lazy), cpu), torch.Tensor)
+    tripled = torch.func.vmap(lambda n: 3 * number(n, cpu))(torch.ones(4, 1))
+    assert tripled.tolist() == [[3.0]] * 4
