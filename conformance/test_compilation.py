@@ -19,7 +19,7 @@ from conformance.trial import Setup, Trial
 from conformance.violation import Violation, short_path
 
 # Numbers of rows that a batch may have; some layers treat few rows apart, and that is one graph more.
-ROWS = (40, 41, 129, 3, 5, 40)
+ROWS = (40, 41, 129, 3, 5)
 MORE_GRAPHS = 1
 
 
@@ -100,7 +100,7 @@ def test_a_layer_is_one_graph(trial: Trial) -> None:
     _check(
         trial,
         body,
-        [likely("float32", True), likely("bfloat16", True, (0.5, 0.25)), likely("float16", False)],
+        [likely("bfloat16", True, (0.5, 0.25)), likely("float16", False)],
         [
             likely(dtype, training, dropouts)
             for dtype in DTYPES
@@ -140,13 +140,12 @@ def test_other_numbers_of_rows_are_no_compilation(trial: Trial) -> None:
     def body(case: Case) -> None:
         setup = trial.build(case)
         setup.forward()
+        compiled = Compiled(setup.layer, dynamic=True)
         graphs = []
-        for module in (_base(setup), setup.layer):
-            compiled = Compiled(module, dynamic=True)
-            for rows in ROWS:
-                x = setup.tensor(np.resize(setup.data.x, (rows, case.in_features)))
-                y = setup.forward(x.requires_grad_(), compiled)
-                torch.autograd.backward(y, torch.ones_like(y))
+        for rows in ROWS:
+            x = setup.tensor(np.resize(setup.data.x, (rows, case.in_features)))
+            y = setup.forward(x.requires_grad_(), compiled)
+            torch.autograd.backward(y, torch.ones_like(y))
             graphs.append(compiled.graphs)
         _assert_graphs(
             trial,
