@@ -14,8 +14,8 @@ HEAD = """# False alarms
 
 Written by `python -m tests.false_alarms` from [false-alarms.json](false-alarms.json); not by hand.
 
-Every honest variant (`tests/mutants/variants.py`) is asked every clause on layers, and every honest allocator
-(`tests/mutants/allocator_variants.py`) the chapter on rank allocation. A seed decides what a clause
+Every honest variant below (layers of `tests/mutants/variants.py`, allocators of
+`tests/mutants/allocator_variants.py`) is asked every clause that concerns it. A seed decides what a clause
 searches, and nothing else: under the first seed everything is asked, under a later one the searches
 alone, since probes and the clauses that do not search would be asked the same again. Variants share
 the cases of a seed. *Compared* counts elements and facts; *error / bound* is the largest seen.
