@@ -49,8 +49,9 @@ By the rule of three, no alarm in n independent runs puts the rate below 3 / n, 
 
 def render(rows: Sequence[Row], *, versions: Mapping[str, str]) -> str:
     """The page, for rows in any order."""
+    rows = sorted(rows, key=lambda r: (r.variant, r.profile))
     by_profile: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda r: (r.variant, r.profile)):
+    for row in rows:
         by_profile[row.profile].append(row)
     count = sum(len(row.alarms) for row in rows)
     runs = sum(row.seeds for row in rows)
@@ -58,7 +59,7 @@ def render(rows: Sequence[Row], *, versions: Mapping[str, str]) -> str:
         verdict=f"**{count or 'No'} alarm{'' if count == 1 else 's'}** in {runs} runs.",
         totals="\n".join(_total(name, found) for name, found in by_profile.items()),
         rates="\n".join(_rate(name, found) for name, found in by_profile.items()),
-        rows="\n".join(map(_row, sorted(rows, key=lambda r: (r.variant, r.profile)))),
+        rows="\n".join(map(_row, rows)),
         alarms="".join(f"\n```\n{alarm}\n```\n" for row in rows for alarm in row.alarms),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
