@@ -1,16 +1,20 @@
-"""The adapter's arithmetic: one pure function of tensors, and its derivative.
+"""The adapter's arithmetic: pure functions of tensors, and their derivative.
 
-    y = base + (x * mask) @ (A * E * c).T @ B.T          c = scaling / (ranknum + 1e-5)
+    y = base(x) + (x * mask) @ (A * E * c).T @ B.T          c = scaling / (ranknum + 1e-5)
 
 The mask is dropout's, if there is any, and its 1 / (1 - p) stands in `c`. `E` and `c` are folded
-into the small `Q = A * (E * c)`, in fp32, so that nothing as large as `x` or `y` is written beside
-`y` itself: one `addmm` adds the product to `base`, out of place. Folding also keeps fp16 in range:
-the update is never held before it has been divided by `ranknum`.
+into the small `Q = A * (E * c)`, in fp32, so that the update is never held before it has been divided
+by `ranknum`, which keeps fp16 in range.
+
+An adapter begins before the base layer and finishes after it: in between the base layer is given what
+`begin` passes on. So in backward the gradient that the base layer has for x comes back to the adapter,
+and both sums, y and dx, are one product each that is added to what the base layer wrote. Nothing as
+large as x or y is allocated, where that may be written (see `begin`).
 
 Products with a large tensor are computed in its dtype, see `qsvd._products`, their sums in fp32, and
 the parameters' gradients come out in fp32. For the backward pass `x` is saved, which its producer
 keeps anyway, the small fp32 factors, the mask in bits, and `h = x @ Q.T` where it is small beside x;
-otherwise it is computed again.
+otherwise it is computed again. Few rows are left to ordinary operations.
 
 Every step is an ordinary differentiable operation, so a second derivative is right as well, or, for
 half precision on CUDA, refused by torch.
@@ -19,14 +23,14 @@ half precision on CUDA, refused by torch.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qsvd._dropout import Mask, unpacked
-from qsvd._products import HALF, expand, few_rows, steps, times, widened
+from qsvd._products import HALF, expand, few_rows, gather, shrink
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -34,6 +38,92 @@ Gradients = tuple[Tensor | None, ...]
 _MANY_RANKS = 8
 # In half precision h is kept if it takes at most this share of x's bytes.
 _KEPT_SHARE = 1 / 25
+
+
+class Pending(NamedTuple):
+    """An update that waits for the base layer's output.
+
+    h: (n, rank), x @ Q.T of the ranks that are computed; None where few rows leave it for later.
+    token: (n, rank), what h is in the graph of the backward pass. It has no values.
+    live: the ranks that are computed, None for all.
+    """
+
+    x: Tensor
+    A: Tensor
+    E: Tensor
+    B: Tensor
+    c: Tensor | float
+    mask: Mask | None
+    in_place: bool
+    h: Tensor | None = None
+    token: Tensor | None = None
+    live: Tensor | None = None
+
+
+def begin(
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    c: Tensor | float,
+    mask: Mask | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Pending]:
+    """The first half of an adapter, up to what has as many columns as it has ranks.
+
+    Args:
+        x: (..., in), any floating dtype.
+        A: (r, in), fp32.
+        E: (r, 1), fp32.
+        B: (out, r), fp32.
+        c: a number, or (1,), fp32: scaling / (ranknum + 1e-5), over (1 - p) if there is a mask. It
+            gets no gradient.
+        mask: the elements of x that dropout keeps, see `draw_mask`; None for all.
+        in_place: whether the base layer's output, and the gradient that it returns for its input, are
+            nobody else's, and may be written.
+
+    Returns:
+        What to call the base layer with, x's values, and what is to be finished.
+    """
+    pending = Pending(x, A, E, B, c, mask, in_place)
+    grad = torch.is_grad_enabled()
+    # Ordinary operations would be cast in a backward pass that is run within autocast.
+    few = few_rows(x) and not (grad and _in_autocast(x.device))
+    if A.shape[0] == 0 or few:
+        return x, pending
+    rows = _rows(x)
+    live = _live_ranks(E)
+    with _without_autocast(x.device):
+        passed, token, h = _call(_Project, rows, A, E, c, *(mask or (None, None)), live, in_place)
+    if grad and x.requires_grad:
+        x = passed if x.dim() == 2 else passed.reshape(x.shape)
+    return x, pending._replace(x=rows, h=h, token=token, live=live)
+
+
+def finish(base: Tensor, pending: Pending) -> Tensor:
+    """`base` plus the update.
+
+    Args:
+        base: (..., out), any floating dtype.
+        pending: what `begin` returned for an x of as many rows.
+
+    Returns:
+        (..., out), in `base`'s dtype: a new tensor, or `base` itself, where that may be written or
+        the rank is 0.
+    """
+    _, A, E, B, c, mask, in_place, h, token, live = pending
+    if A.shape[0] == 0:
+        return base
+    with _without_autocast(base.device):
+        if h is None:
+            return _add_few_rows(base, pending)
+        rows = _rows(base)
+        # A view of what a function returned is not to be written within another.
+        in_place = in_place and not rows._is_view()
+        bits = mask.bits if mask else None
+        y: Tensor = _call(_Update, rows, token, h, B, pending.x, A, E, c, bits, live, in_place)
+    # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
+    return y if base.dim() == 2 else y.reshape(base.shape)
 
 
 def add_adapter(
@@ -45,32 +135,8 @@ def add_adapter(
     c: Tensor | float,
     mask: Mask | None = None,
 ) -> Tensor:
-    """`base + (x * mask) @ (A * E * c).T @ B.T`, in the dtype of `base`.
-
-    Args:
-        base: (..., out), any floating dtype; it is read, never written.
-        x: (..., in), any floating dtype.
-        A: (r, in), fp32.
-        E: (r, 1), fp32.
-        B: (out, r), fp32.
-        c: a number, or (1,), fp32: scaling / (ranknum + 1e-5), over (1 - p) if there is a mask. It
-            gets no gradient.
-        mask: the elements of x that dropout keeps, see `draw_mask`; None for all.
-
-    Returns:
-        (..., out), a new tensor in `base`'s dtype. With r = 0 it is `base` itself.
-    """
-    if A.shape[0] == 0:
-        return base
-    grad = torch.is_grad_enabled()
-    # Without grad mode the bare formula: a Function costs more than the products of a few rows.
-    if not (grad or mask or torch.is_autocast_enabled("cpu")) and x.dim() > 1 and few_rows(x):
-        return _add_to_few_rows(base, x, A, E, B, c)[0]
-    add = _AddAdapter.apply if grad else _AddAdapter.forward
-    with _without_autocast(x.device):
-        y: Tensor = add(_rows(base), _rows(x), A, E, B, c, *(mask or (None, None)))[0]
-    # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
-    return y if base.dim() == 2 else y.reshape(base.shape)
+    """`base + (x * mask) @ (A * E * c).T @ B.T`, for a `base` that is there already; see `begin`."""
+    return finish(base, begin(x, A, E, B, c, mask)[1])
 
 
 def number(t: Tensor, device: torch.device) -> Tensor | float:
@@ -81,114 +147,177 @@ def number(t: Tensor, device: torch.device) -> Tensor | float:
     return t.item() if _at_hand(t) else t.detach().to(device)
 
 
-class _AddAdapter(torch.autograd.Function):
-    """`y = base + (x * kept) @ Q.T @ B.T`, and h; base and y (n, out), x (n, in)."""
+def is_eager() -> bool:
+    """Whether operations run as they are called: nothing is compiled, no function is transformed."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def _call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply`, or `function.forward` without grad mode.
+
+    `apply` of `torch.autograd.Function` first binds default arguments with `inspect.signature`, which
+    takes as long as the rest of it. Here there are none, and outside of transforms it does no more.
+    """
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    if is_eager():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+class _Project(torch.autograd.Function):
+    """x for the base layer, a token for h in the graph, and h = (x * kept) @ Q.T, for x (n, in).
+
+    In backward the token's gradient is P = dy @ B, and what comes back for x is the base layer's.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        A: Tensor,
+        E: Tensor,
+        c: Tensor | float,
+        kept: Tensor | None,
+        bits: Tensor | None,
+        live: Tensor | None,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = _hidden(x if kept is None else x * kept.to(x.dtype), A, E, c, live)
+        return x.view_as(x), h.new_empty(()).expand(x.shape[0], A.shape[0]), h
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, A, E, c, _, bits, live, in_place = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        ctx.x_dtype, ctx.in_place, ctx.live = x.dtype, in_place, live
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.c, saved_c = _apart(c)
+        ctx.save_for_backward(x if trained else None, A, E, saved_c, bits)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, P: Tensor | None, _: None) -> Gradients:
+        if P is None:
+            return dx, *(None,) * 7
+        x, A, E, saved_c, bits = ctx.saved_tensors
+        c = ctx.c if saved_c is None else saved_c
+        needs_x, needs_A, needs_E = ctx.needs_input_grad[:3]
+        # A second derivative needs the products that are zero in the first, and what it reads unwritten.
+        again = torch.is_grad_enabled()
+        live = None if again else ctx.live
+        kept = None
+        if bits is not None:
+            kept = unpacked(bits, P.shape[0], A.shape[1]).to(ctx.x_dtype)  # n, in
+        dA = dE = None
+        with _without_autocast(P.device):
+            Ec = E * c  # rank, 1
+            if needs_A or needs_E:
+                dQ = gather(
+                    P, x if kept is None else x * kept
+                )  # rank, in; of all, for dE is not zero
+                dA = dQ * Ec if needs_A else None
+                dE = (dQ * A).sum(1, keepdim=True) * c if needs_E else None
+            if needs_x:
+                Q = A * Ec  # rank, in
+                if live is not None:
+                    P, Q = P[:, live], Q[live]
+                if kept is None:
+                    in_place = ctx.in_place and not again and is_eager()
+                    in_place = in_place and dx is not None and dx.is_contiguous()
+                    dx = expand(P, Q, ctx.x_dtype, dx, in_place)
+                else:
+                    update = expand(P, Q, ctx.x_dtype)
+                    dx = update * kept if dx is None else torch.addcmul(dx, update, kept)
+        return dx, dA, dE, *(None,) * 5
+
+
+class _Update(torch.autograd.Function):
+    """y = base + h @ B.T, for base (n, out): the products for x, A, E are left to `_Project`."""
 
     @staticmethod
     def forward(
         base: Tensor,
+        token: Tensor,
+        h: Tensor,
+        B: Tensor,
         x: Tensor,
         A: Tensor,
         E: Tensor,
-        B: Tensor,
         c: Tensor | float,
-        kept: Tensor | None,
         bits: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if kept is not None:
-            x = x * kept.to(x.dtype)
-        if few_rows(x):
-            y, hT, rest = _add_to_few_rows(base, x, A, E, B, c)
-            return y, hT.T * rest
-        if (live := _live_ranks(E, x)) is not None:
-            A, E, B = A[live], E[live], B[:, live]
-        Q = A * (E * c)  # rank, in
-        h = _side_by_side([times(Q, widened(x[at]).T) for at in steps(x)])  # rank, n
-        return expand(h, B.T, base.dtype, onto=base), h
+        live: Tensor | None,
+        in_place: bool,
+    ) -> Tensor:
+        BT = B.T if live is None else B.T[live]
+        return expand(h, BT, base.dtype, base, in_place)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, A, E, B, c, _, bits = inputs
-        _, h = output
-        ctx.mark_non_differentiable(h)
-        trained = any(ctx.needs_input_grad[2:5])
-        saved_h = h if ctx.needs_input_grad[4] and _is_kept(h, x) else None
-        ctx.x_dtype = x.dtype
-        ctx.c = c if isinstance(c, float) else None
-        saved_c = None if isinstance(c, float) else c
-        ctx.save_for_backward(x if trained else None, A, E, B, saved_c, bits, saved_h)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        base, _, h, B, x, A, E, c, bits, ctx.live, in_place = inputs
+        if in_place:
+            ctx.mark_dirty(base)
+        ctx.c, saved_c = _apart(c)
+        factors: Gradients = (None,) * 6
+        if ctx.needs_input_grad[3]:
+            saved_h = h if bits is not None or _is_kept(h, x) else None
+            factors = saved_h, x, A, E, saved_c, bits
+        ctx.save_for_backward(B, *factors)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
-        x, A, E, B, c, bits, h = ctx.saved_tensors
-        c = ctx.c if c is None else c
-        needs_base, needs_x, needs_A, needs_E, needs_B = ctx.needs_input_grad[:5]
-        needs_Q = needs_A or needs_E
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        B, h, x, A, E, saved_c, bits = ctx.saved_tensors
+        c = ctx.c if saved_c is None else saved_c
+        needs_base, needs_token, _, needs_B = ctx.needs_input_grad[:4]
         # A second derivative needs h as a function of x, and the products that are zero in the first.
         again = torch.is_grad_enabled()
-        # Contiguous: B.T as it is would be read at half the speed, but in bf16.
-        BT = B.T if few_rows(dy) or dy.dtype == torch.bfloat16 else B.T.contiguous()
-        kept = None
-        if bits is not None:
-            kept = unpacked(bits, dy.shape[0], A.shape[1]).to(ctx.x_dtype)  # n, in
-        if again:
-            h = None
-        P: list[Tensor] = []
-        dx = dQ = dBT = None
+        live = None if again else ctx.live
+        P = dB = None
         with _without_autocast(dy.device):
-            Ec = E * c  # rank, 1
-            Q = A * Ec  # rank, in
-            live = None if again else _live_ranks(E, dy)
-            if live is not None:
-                Q = Q[live]
-            if h is not None and len(h) != len(Q):
-                h = None  # of live ranks, and a compiler that has backward alone looks for none
-            reads_x = needs_Q or (needs_B and h is None)
-            for at in steps(dy, x) if reads_x else steps(dy):
-                dy_i = widened(dy[at])  # block, out
-                if needs_x or needs_Q:
-                    P_i = times(BT, dy_i.T)  # rank, block; of all ranks, for dE is not zero
-                    P.append(P_i if live is None else P_i[live])
-                if reads_x:
-                    x_i = widened(x[at])  # block, in
-                    if kept is not None:
-                        x_i = x_i * kept[at]
-                if needs_Q:
-                    dQ = _sum(dQ, times(P_i, x_i))  # rank, in
-                if needs_B:
-                    h_i = times(Q, x_i.T) if h is None else h[:, at]  # live rank, block
-                    dBT = _sum(dBT, times(h_i, dy_i))  # live rank, out
-            if needs_x:
-                dx = expand(_side_by_side(P), Q, ctx.x_dtype)  # n, in
-                if kept is not None:
-                    dx.mul_(kept)
-            dA = dQ * Ec if dQ is not None and needs_A else None
-            dE = (dQ * A).sum(1, keepdim=True) * c if dQ is not None and needs_E else None
-            if dBT is not None and live is not None:
-                dBT = torch.zeros_like(BT, dtype=dBT.dtype).index_copy_(0, live, dBT)
-        dB = None
-        if dBT is not None:
-            # As B is laid out, or it would be copied once more where it is accumulated.
-            dB = dBT.T.to(B.dtype, memory_format=torch.contiguous_format)
-        return dy if needs_base else None, dx, dA, dE, dB, None, None, None
+            if needs_token:
+                P = shrink(dy, B.T)  # n, rank
+            if needs_B:
+                if h is None or again:
+                    if bits is not None:
+                        x = x * unpacked(bits, *x.shape).to(x.dtype)
+                    h = _hidden(x, A, E, c, live)  # n, live rank
+                dBT = gather(h, dy)  # live rank, out
+                if live is not None:
+                    dBT = dBT.new_zeros(B.T.shape).index_copy_(0, live, dBT)
+                # As B is laid out, or it would be copied once more where it is accumulated.
+                dB = dBT.T.to(B.dtype, memory_format=torch.contiguous_format)
+        return dy if needs_base else None, P, None, dB, *(None,) * 7
 
 
-def _add_to_few_rows(
-    base: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, c: Tensor | float
-) -> tuple[Tensor, Tensor, float]:
-    """y (..., out) of few rows on a CPU; a part of h (..., rank), fp32, and what h is times that.
+def _hidden(x: Tensor, A: Tensor, E: Tensor, c: Tensor | float, live: Tensor | None) -> Tensor:
+    """h = x @ Q.T, (n, rank), of the live ranks."""
+    if live is not None:
+        A, E = A[live], E[live]
+    return shrink(x, A * (E * c))
 
-    In as few operations as can be: each takes longer to start than to multiply so few rows.
-    """
+
+def _add_few_rows(base: Tensor, pending: Pending) -> Tensor:
+    """y (..., out) of few rows: in as few operations as can be, each of which is left to torch."""
+    x, A, E, B, c, mask, *_ = pending
     if isinstance(c, Tensor):
         E, c = E * c, 1.0
-    part = linear(x if x.dtype == A.dtype else x.to(A.dtype), A).mul_(E.flatten())
-    update = linear(part, B)
+    x = x if x.dtype == A.dtype else x.to(A.dtype)
+    if mask is not None:
+        x = x * mask.kept.view(x.shape)
+    h = linear(x, A)
+    if torch.is_grad_enabled():
+        y = torch.add(base, linear(h * E.flatten(), B), alpha=c)
+        return y if y.dtype == base.dtype else y.to(base.dtype)
+    update = linear(h.mul_(E.flatten()), B)
     if update.dtype == base.dtype:
-        y = torch.add(base, update, alpha=c)
-    else:
-        y = torch.add(base, update, alpha=c, out=torch.empty_like(base))
-    return y, part, c
+        return torch.add(base, update, alpha=c)
+    return torch.add(base, update, alpha=c, out=torch.empty_like(base))
+
+
+def _apart(c: Tensor | float) -> tuple[float | None, Tensor | None]:
+    """c as a number, and as a tensor, one of which is None."""
+    return (None, c) if isinstance(c, Tensor) else (c, None)
 
 
 def _is_kept(h: Tensor, x: Tensor) -> bool:
@@ -199,12 +328,12 @@ def _is_kept(h: Tensor, x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and h.nbytes <= _KEPT_SHARE * x.nbytes
 
 
-def _live_ranks(E: Tensor, rows: Tensor) -> Tensor | None:
+def _live_ranks(E: Tensor) -> Tensor | None:
     """The ranks that are not masked, where it pays to leave out the others; None for all ranks.
 
     A masked triplet (E_i = 0) adds nothing to y, dx, dA and dB; dE_i alone need not be zero.
     """
-    if E.numel() < _MANY_RANKS or few_rows(rows) or not _at_hand(E):
+    if E.numel() < _MANY_RANKS or not _at_hand(E):
         return None
     # A list: three small operations would take longer.
     live = [i for i, (value,) in enumerate(E.tolist()) if value != 0.0]
@@ -213,9 +342,7 @@ def _live_ranks(E: Tensor, rows: Tensor) -> Tensor | None:
 
 def _at_hand(t: Tensor) -> bool:
     """Whether values can be looked at: a GPU would have to be waited for, a compiler sees none."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return type(t) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
+    return t.device.type == "cpu" and is_eager() and type(t) in (Tensor, nn.Parameter)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -223,16 +350,10 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def _side_by_side(blocks: list[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-
-
-def _sum(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Dtypes are chosen product by product here; autocast would round every factor to half."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext()
+
+
+def _in_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

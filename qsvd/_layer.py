@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _python_dispatch, checkpoint
 
 from qsvd._adapters import Adapters
-from qsvd._arithmetic import add_adapter, number
+from qsvd._arithmetic import begin, finish, is_eager, number
 from qsvd._checks import AdapterSettings, check_extra_keywords, check_new_name
 from qsvd._dropout import drop
+from qsvd._products import few_rows
 
+# What a selective checkpoint (torch 2.4) keeps operations' outputs with, for its second forward pass.
+_RECORDERS = tuple(
+    getattr(checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(checkpoint, name)
+)
 _MERGE_REFUSED = (
     "The base layer's weight is quantised: adding the adapters to it would round them to its grid "
     "and could not be undone. Keep the adapters beside it (`state_dict()` has them), or dequantise "
@@ -91,9 +101,13 @@ class SVDLayer(Adapters):
                 f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}: the base "
                 f"layer is {self.in_features} -> {self.out_features}."
             )
-        y = self.call_base(x, *args, **kwargs)
         if self._disable_adapters:
-            return y
+            return self.call_base(x, *args, **kwargs)
+        shape = x.shape
+        private = self.is_private(self.base_layer)
+        if private and not few_rows(x):
+            x = x.reshape(shape[:-1].numel(), shape[-1])
+        pending = []
         for name in self._active_adapters:
             # By attribute: a `ParameterDict`'s brackets take three times as long.
             A, E = getattr(self.lora_A, name), getattr(self.lora_E, name)
@@ -102,8 +116,31 @@ class SVDLayer(Adapters):
             x_a, mask = drop(dropout, x)
             scale = self.scaling[name] if mask is None else self.scaling[name] / (1.0 - dropout.p)
             c = scale / (number(ranknum, E.device) + 1e-5)
-            y = add_adapter(y, x_a, A, E, B, c, mask)
-        return y
+            passed, update = begin(x_a, A, E, B, c, mask, private)
+            x = passed if x_a is x else x
+            pending.append(update)
+        y = self.call_base(x, *args, **kwargs)
+        for update in pending:
+            y = finish(y, update)
+        return y if y.dim() == len(shape) else y.reshape(*shape[:-1], y.shape[-1])
+
+    @classmethod
+    def is_private(cls, base_layer: nn.Module) -> bool:
+        """Whether nobody else sees how the base layer is called, nor what it returns.
+
+        Then its output may be written, and so may the gradient that it returns: bitsandbytes' layers
+        have just made either.
+
+        Args:
+            base_layer: one that `check_base_layer` accepts.
+        """
+        return (
+            is_eager()
+            and type(base_layer) is cls.base_type
+            and "forward" not in base_layer.__dict__
+            and not _is_hooked(base_layer)
+            and not _is_recorded()
+        )
 
     @classmethod
     def check_base_layer(cls, base_layer: nn.Module) -> None:
@@ -236,3 +273,23 @@ class SVDLayer(Adapters):
     def bias(self) -> Tensor | None:
         """The base layer's bias, (out,), or None."""
         return self.base_layer.bias  # type: ignore[return-value]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether anything is told of the module's inputs, outputs or gradients."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def _is_recorded() -> bool:
+    """Whether a selective checkpoint keeps what operations return: it forbids to write that."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(
+        isinstance(mode, _RECORDERS) for mode in _python_dispatch._get_current_dispatch_mode_stack()
+    )

@@ -1,16 +1,12 @@
 """Products of a skinny fp32 factor with a large tensor of any dtype, each sum accumulated in fp32.
 
 Where the large tensor is in half precision the skinny factor is rounded to that, as autocast would do
-it, and the data is read as it is. Two cases need more:
+it, and the data is read as it is. Of fp16, whose range the factor may leave, that takes more: on CUDA
+each of its rows is scaled by a power of two, and the product comes out in fp32 (`out_dtype`, torch
+2.8). Elsewhere the data is widened to fp32 some rows at a time, so that no wide copy of it ever exists
+and what follows reads it from the cache. (fp16 products on a CPU are a hundred times slower.)
 
-- fp16, whose range the factor may leave: on CUDA each of its rows is scaled by a power of two, and
-  the product comes out in fp32 (`out_dtype`, torch 2.8). Elsewhere the data is widened to fp32 some
-  rows at a time, so that no wide copy of it ever exists and what follows reads it from the cache.
-  (fp16 products on a CPU are a hundred times slower.)
-- Few rows on a CPU, where a product in fp32 is the quicker one.
-
-The skinny factor comes first because a BLAS is up to eight times faster at (r, n) by (n, k) than at
-the transpose of that.
+What is as long as the data is (n, r), a row for each of the data's.
 """
 
 from __future__ import annotations
@@ -23,72 +19,83 @@ from torch import Tensor
 # 1 MiB of fp32: it stays in the cache, and the allocator hands out the same memory for each block.
 # Blocks of 4 MiB are as fast where their memory is at hand, and cost 2000 page faults where not.
 _BLOCK_ELEMENTS = 2**18
-# Up to as many rows a CPU is faster in fp32: a half-precision product takes 20 us to begin with.
+# A half-precision product takes 20 us to begin with, an autograd function 100.
 _FEW_ROWS = 32
 HALF = (torch.bfloat16, torch.float16)
 _HAS_OUT_DTYPE = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
 
-def steps(*data: Tensor) -> Iterator[slice]:
-    """In what steps to go through the rows of (n, k), (n, l), ...: at least one, be n = 0.
-
-    A CPU takes what is in fp32, or widened to it, in blocks that stay in its cache.
-    """
-    if not any(map(_to_widen, data)) and (len(data) == 1 or not any(map(_wide_on_cpu, data))):
-        yield slice(0, data[0].shape[0])
-    else:
-        yield from _steps(data[0].shape[0], max(t.shape[1] for t in data))
-
-
-def widened(data: Tensor) -> Tensor:
-    """Data (n, k) in a dtype that `times` takes."""
-    return data.float() if _to_widen(data) else data
-
-
 def few_rows(data: Tensor) -> bool:
-    """Whether data (..., k) has so few rows that a half-precision product would be the slower one."""
-    return not _on_cuda(data) and data.numel() <= _FEW_ROWS * data.shape[-1]
+    """Whether data (..., k) has so few rows that starting an operation takes longer than doing it."""
+    return data.numel() <= _FEW_ROWS * data.shape[-1]
 
 
-def times(S: Tensor, data: Tensor) -> Tensor:
-    """`S @ data`, (r, m) by (m, k) to (r, k).
+def shrink(data: Tensor, S: Tensor) -> Tensor:
+    """`data @ S.T`, (n, k) by (r, k) to (n, r).
 
-    S is fp32, or a former product. Of bf16 data the product is bf16, or fp32 where a device gives
-    that for nothing; otherwise it is fp32, or fp64 if either is.
+    S is fp32. Of bf16 data the product is bf16, or fp32 where a device gives that for nothing;
+    otherwise it is fp32, or fp64 if either is.
     """
+    if _is_widened(data):
+        S = S.float()
+        return torch.cat([data[at].float() @ S.T for at in _steps(*data.shape)])
     if data.dtype == torch.float16:
-        return _scaled_product(S, data)
+        return _scaled_product(S, data.T).T
     if data.dtype == torch.bfloat16:
         S = S.to(torch.bfloat16)
-        return _mm_half_into_fp32(S, data) if _on_cuda(data) and _HAS_OUT_DTYPE else S @ data
+        return _mm_half_into_fp32(data, S.T) if _gives_fp32(data) else data @ S.T
     wide = torch.promote_types(S.dtype, data.dtype)
-    return S.to(wide) @ data.to(wide)
+    return data.to(wide) @ S.to(wide).T
 
 
-def expand(S: Tensor, R: Tensor, dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
-    """`S.T @ R`, plus `onto` if given, (r, n) by (r, k) to (n, k), in `dtype`.
-
-    `onto` has `dtype` and is not written. In fp16 no factor is rounded out of range: where the
-    result is finite, so is everything that leads to it.
-    """
-    few = dtype in HALF and few_rows(S.T)
-    if dtype != torch.float16 and not few:
-        return _expand(S.to(dtype), R.to(dtype), onto)
-    S, R = S.float(), R.float()
-    if _on_cuda(S):
-        return _expand(*_fitted_to_fp16(S, R), onto)
-    if few:
-        return _expand(S, R, None if onto is None else onto.float()).to(dtype)
-    result = S.new_empty(S.shape[1], R.shape[1], dtype=dtype)
-    for at in _steps(*result.shape):
-        result[at] = _expand(S[:, at], R, None if onto is None else onto[at].float())
-    return result
-
-
-def _expand(S: Tensor, R: Tensor, onto: Tensor | None = None) -> Tensor:
+def gather(P: Tensor, data: Tensor) -> Tensor:
+    """`P.T @ data`, (n, r) by (n, k) to (r, k), in the dtypes of `shrink`, of which P is a result."""
+    if _is_widened(data):
+        P = P.float()
+        parts = [P[at].T @ data[at].float() for at in _steps(*data.shape)]
+        return sum(parts[1:], start=parts[0])
     # Contiguous: a BLAS takes a fifth longer to read the transpose.
-    ST = S.T.contiguous()
-    return ST @ R if onto is None else torch.addmm(onto, ST, R)
+    if data.dtype == torch.float16:
+        return _scaled_product(P.T.contiguous(), data)
+    if data.dtype == torch.bfloat16:
+        PT = P.to(torch.bfloat16).T.contiguous()
+        return _mm_half_into_fp32(PT, data) if _gives_fp32(data) else PT @ data
+    wide = torch.promote_types(P.dtype, data.dtype)
+    return P.to(wide).T.contiguous() @ data.to(wide)
+
+
+def expand(
+    P: Tensor,
+    R: Tensor,
+    dtype: torch.dtype,
+    onto: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """`P @ R`, plus `onto` if given, (n, r) by (r, k) to (n, k), in `dtype`.
+
+    `onto` has `dtype`, and is written if `in_place`. In fp16 no factor is rounded out of range: where
+    the result is finite, so is everything that leads to it.
+    """
+    if dtype == torch.float16:
+        P, R = P.float(), R.float()
+        if not _on_cuda(P):
+            return _expanded_by_blocks(P, R, onto, in_place)
+        P, R = _fitted_to_fp16(P, R)
+    else:
+        P = P.to(dtype)
+        R = R.to(dtype, memory_format=torch.contiguous_format)
+    if onto is None:
+        return P @ R
+    return onto.addmm_(P, R) if in_place else torch.addmm(onto, P, R)
+
+
+def _expanded_by_blocks(P: Tensor, R: Tensor, onto: Tensor | None, in_place: bool) -> Tensor:
+    result = P.new_empty(P.shape[0], R.shape[1], dtype=torch.float16)
+    if in_place and onto is not None:
+        result = onto
+    for at in _steps(*result.shape):
+        result[at] = P[at] @ R if onto is None else torch.addmm(onto[at].float(), P[at], R)
+    return result
 
 
 def _steps(n: int, width: int) -> Iterator[slice]:
@@ -104,15 +111,14 @@ def _steps(n: int, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _to_widen(data: Tensor) -> bool:
+def _is_widened(data: Tensor) -> bool:
     """Whether data is multiplied in fp32, though it is in half precision."""
-    if data.dtype == torch.float16:
-        return not (_on_cuda(data) and _HAS_OUT_DTYPE)
-    return data.dtype == torch.bfloat16 and few_rows(data)
+    return data.dtype == torch.float16 and not _gives_fp32(data)
 
 
-def _wide_on_cpu(data: Tensor) -> bool:
-    return not _on_cuda(data) and data.dtype not in HALF
+def _gives_fp32(data: Tensor) -> bool:
+    """Whether half-precision data is multiplied into fp32 by one operation."""
+    return _on_cuda(data) and _HAS_OUT_DTYPE
 
 
 def _on_cuda(t: Tensor) -> bool:
@@ -134,23 +140,23 @@ def _scaled_product(S: Tensor, data: Tensor) -> Tensor:
     return product * _power_of_two(exponent)
 
 
-def _fitted_to_fp16(S: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """fp16 factors (2r, n) and (2r, k) whose product is that of fp32 S (r, n) and R (r, k).
+def _fitted_to_fp16(P: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """fp16 factors (n, 2r) and (2r, k) whose product is that of fp32 P (n, r) and R (r, k).
 
     Each rank is rescaled by an exact power of two so that R's largest element lies in [1/2, 1).
-    Then an element of S is as large as the largest term that it enters, so it underflows only where
+    Then an element of P is as large as the largest term that it enters, so it underflows only where
     its terms do, and overflows only where one of them does. Such terms may still cancel, or miss
-    the columns where R is small: elements of S above 2^15 go to a second set of r ranks, scaled by
+    the columns where R is small: elements of P above 2^15 go to a second set of r ranks, scaled by
     2^-15 there and by 2^15 in R. That covers terms up to 2^30, beyond which an fp32 sum that ends
-    inside fp16's range has lost its digits. Each row of the result depends on its own column of S
+    inside fp16's range has lost its digits. Each row of the result depends on its own row of P
     alone, so rows do not disturb each other.
     """
     exponent = _row_exponent(R)
     R = R * _power_of_two(-exponent)
-    S = S * _power_of_two(exponent)
-    large = S.abs() > 2.0**15
-    S = torch.cat([S.masked_fill(large, 0.0), (S * 2.0**-15).masked_fill(~large, 0.0)])
-    return S.half(), torch.cat([R, R * 2.0**15]).half()
+    P = P * _power_of_two(exponent).T
+    large = P.abs() > 2.0**15
+    P = torch.cat([P.masked_fill(large, 0.0), (P * 2.0**-15).masked_fill(~large, 0.0)], dim=1)
+    return P.half(), torch.cat([R, R * 2.0**15]).half()
 
 
 def _row_exponent(S: Tensor) -> Tensor:

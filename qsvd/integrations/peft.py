@@ -12,7 +12,7 @@ from peft.tuners.adalora.bnb import SVDLinear4bit as PeftLinear4bit
 from peft.tuners.adalora.bnb import SVDLinear8bitLt as PeftLinear8bitLt
 from torch import Tensor, nn
 
-from qsvd._arithmetic import add_adapter
+from qsvd._arithmetic import begin, finish
 from qsvd._bitsandbytes import SVDLinear4bit, SVDLinear8bitLt
 from qsvd._layer import SVDLayer
 
@@ -26,16 +26,24 @@ class _Accelerated:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to y (..., out), in the base output's dtype."""
-        y: Tensor = self.arithmetic.call_base(self, x, *args, **kwargs)
         if self.disable_adapters:
+            y: Tensor = self.arithmetic.call_base(self, x, *args, **kwargs)
             return y
+        private = self.arithmetic.is_private(self.base_layer)
+        pending = []
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue  # PEFT's layers may lack an adapter that others have
             # PEFT keeps adapters in half precision if it is told to.
             A, E, B = (p[name].float() for p in (self.lora_A, self.lora_E, self.lora_B))
             c = self.scaling[name] / (self.ranknum[name].detach().float() + 1e-5)
-            y = add_adapter(y, self.lora_dropout[name](x), A, E, B, c)
+            x_a = self.lora_dropout[name](x)
+            passed, update = begin(x_a, A, E, B, c, in_place=private)
+            x = passed if x_a is x else x
+            pending.append(update)
+        y = self.arithmetic.call_base(self, x, *args, **kwargs)
+        for update in pending:
+            y = finish(y, update)
         return y
 
 

@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
 from conformance.benchmarks.timing import calls_for, interleaved, median
-from qsvd import _dropout
+from qsvd import _dropout, _products
+from qsvd._arithmetic import add_adapter
 
 TARGET = Path(__file__).parents[2] / "docs" / "performance" / "primitives.json"
 CPU = torch.device("cpu")
@@ -27,13 +30,13 @@ N, D, R = 2048, 1024, 8
 Alternatives = Mapping[str, Callable[[], object]]
 
 
-def layout() -> Alternatives:
-    """The product that is added to base, with h as it was computed, or its transpose copied."""
-    base, h, BT = torch.randn(N, D), torch.randn(R, N), torch.randn(R, D)
-    base, h, BT = (t.bfloat16() for t in (base, h, BT))
+def adding(dtype: torch.dtype) -> Alternatives:
+    """P @ Q added to what the base layer wrote, be it y or dx."""
+    base, P, Q = (torch.randn(*s).to(dtype) for s in ((N, D), (N, R), (R, D)))
     return {
-        "h.T": lambda: torch.addmm(base, h.T, BT),
-        "h.T copied": lambda: torch.addmm(base, h.T.contiguous(), BT),
+        "in place": lambda: base.addmm_(P, Q),
+        "out of place": lambda: torch.addmm(base, P, Q),
+        "product, then sum": lambda: base.add_(P @ Q),
     }
 
 
@@ -50,35 +53,59 @@ def orientation(dtype: torch.dtype) -> Alternatives:
 
 
 def few_rows(n: int) -> Alternatives:
-    """Both products of a forward pass over n rows of bf16, in bf16 or widened to fp32."""
-    x, base = torch.randn(n, D).bfloat16(), torch.randn(n, D).bfloat16()
-    Q, BT = torch.randn(R, D), torch.randn(R, D)
+    """An adapter's forward and backward over n rows of bf16, by functions or by operations."""
+    x, base, dy = (torch.randn(n, D).bfloat16() for _ in range(3))
+    A, E, B = (torch.randn(*s).requires_grad_(True) for s in ((R, D), (R, 1), (D, R)))
 
-    def half() -> Tensor:
-        h = Q.bfloat16() @ x.T
-        return torch.addmm(base, h.T, BT.bfloat16())
+    def step(most: int) -> Callable[[], None]:
+        def run() -> None:
+            with mock.patch.object(_products, "_FEW_ROWS", most):
+                y = add_adapter(base, x.detach().requires_grad_(True), A, E, B, 0.5)
+                y.backward(dy)
+                A.grad = E.grad = B.grad = None
 
-    def wide() -> Tensor:
-        h = Q @ x.float().T
-        return torch.addmm(base.float(), h.T, BT).bfloat16()
+        return run
 
-    return {"bf16": half, "fp32": wide}
+    return {"functions, bf16": step(0), "operations, fp32": step(n)}
 
 
 def block_size() -> Alternatives:
-    """The four products of a backward pass in fp32, which read x and dy twice, by rows of a block."""
-    x, dy, Q, BT = (torch.randn(*s) for s in ((N, D), (N, D), (R, D), (R, D)))
+    """The two products of dy in fp32, for P and for dB, by rows of a block."""
+    dy, B, h = torch.randn(N, D), torch.randn(D, R), torch.randn(N, R)
 
     def in_blocks(rows: int) -> Callable[[], None]:
         def run() -> None:
             for start in range(0, N, rows):
-                x_i, dy_i = x[start : start + rows], dy[start : start + rows]
-                (BT @ dy_i.T) @ x_i
-                (Q @ x_i.T) @ dy_i
+                dy_i = dy[start : start + rows]
+                dy_i @ B
+                h[start : start + rows].T.contiguous() @ dy_i
 
         return run
 
     return {f"{rows * D * 4 // 2**10} KiB": in_blocks(rows) for rows in (64, 256, 1024, N)}
+
+
+def applying() -> Alternatives:
+    """An autograd function of a few numbers, as torch applies it, and without binding arguments."""
+    x = torch.randn(2, 2, requires_grad=True)
+    arguments = (x, x, None, None, None, None, None, None, None, None, False)
+    bare = super(torch.autograd.Function, Nothing).apply  # type: ignore[misc]
+    return {"bound": lambda: Nothing.apply(*arguments), "bare": lambda: bare(*arguments)}
+
+
+class Nothing(torch.autograd.Function):
+    """As many arguments as a layer's function has."""
+
+    @staticmethod
+    def forward(
+        base: Tensor, B: Tensor, a: None, b: None, c: None, d: None, e: None, f: None, g: None,
+        h: None, in_place: bool,
+    ) -> Tensor:  # fmt: skip
+        return base
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
 
 def drawing() -> Alternatives:
@@ -123,9 +150,7 @@ def masking() -> Alternatives:
 
 
 def plain_operations() -> Alternatives:
-    """Forward and backward of the adapter alone: ordinary operations, or one autograd function."""
-    from qsvd._arithmetic import add_adapter
-
+    """Forward and backward of the adapter alone: ordinary operations, or the two autograd functions."""
     x, base = torch.randn(N, D).bfloat16(), torch.randn(N, D).bfloat16()
     A, E, B = (torch.randn(*s).requires_grad_(True) for s in ((R, D), (R, 1), (D, R)))
     c, dy = torch.ones(1), torch.randn(N, D).bfloat16()
@@ -151,7 +176,7 @@ def plain_operations() -> Alternatives:
         "fp32 copy of x, as PEFT": step(peft),
         "folded, gradients of A in fp32": step(widened),
         "folded, bf16 products": step(folded),
-        "one function, bf16 products": step(lambda b, x: add_adapter(b, x, A, E, B, c)),
+        "two functions, bf16 products": step(lambda b, x: add_adapter(b, x, A, E, B, c)),
     }
 
 
@@ -179,7 +204,9 @@ def gradient(x: Tensor, dy: Tensor, B: Tensor) -> Tensor:
 EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "orientation_fp32": lambda: orientation(torch.float32),
     "orientation_bf16": lambda: orientation(torch.bfloat16),
-    "layout": layout,
+    "adding_fp32": lambda: adding(torch.float32),
+    "adding_bf16": lambda: adding(torch.bfloat16),
+    "applying": applying,
     "one_row": lambda: few_rows(1),
     "sixteen_rows": lambda: few_rows(16),
     "many_rows": lambda: few_rows(N),

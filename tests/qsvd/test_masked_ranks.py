@@ -43,21 +43,6 @@ def test_values_and_gradients_are_those_of_all_ranks(kind, dtype, live):
     )
 
 
-def test_backward_need_not_look_for_the_live_ranks_as_forward_did(monkeypatch):
-    """
-    A compiler that is given backward alone does not.
-    """
-    adapted = masked_layer("4bit", (7,))
-    x, dy = torch.randn(ROWS, 64), torch.randn(ROWS, 32)
-    want = expected(adapted, x, dy)
-    y = adapted(x.requires_grad_(True))
-    monkeypatch.setattr(_arithmetic, "_live_ranks", lambda E, rows: None)
-    y.backward(dy)
-
-    for name in PARAMETERS:
-        assert_within(getattr(adapted, name)["default"].grad, *want.gradients[name])
-
-
 @pytest.mark.parametrize("frozen", [(p,) for p in PARAMETERS])
 def test_whatever_is_frozen_the_rest_has_the_same_gradients(frozen):
     adapted = masked_layer("4bit", (2, 5))
@@ -79,14 +64,28 @@ def test_whatever_is_frozen_the_rest_has_the_same_gradients(frozen):
 def test_masked_ranks_are_left_out_of_the_products(monkeypatch):
     """What is multiplied with the rows has as many rows as ranks are alive, but for dE's sake."""
     ranks = []
-    times = _arithmetic.times
-    monkeypatch.setattr(
-        _arithmetic, "times", lambda S, data: ranks.append(len(S)) or times(S, data)
-    )
+    ranks_of = {
+        "shrink": lambda data, S: len(S),
+        "gather": lambda P, data: P.shape[1],
+        "expand": lambda P, R, *rest: len(R),
+    }
+
+    def recorded(name, product):
+        def call(*given):
+            ranks.append((name, ranks_of[name](*given)))
+            return product(*given)
+
+        return call
+
+    for name in ranks_of:
+        monkeypatch.setattr(_arithmetic, name, recorded(name, getattr(_arithmetic, name)))
     adapted = masked_layer("4bit", (0, 3, 11))
     adapted(torch.randn(ROWS, 64, requires_grad=True)).sum().backward()
 
-    assert sorted(ranks) == [3, 3, RANK, RANK]
+    y, dx = ("expand", 3), ("expand", 3)
+    dB, dQ = ("gather", 3), ("gather", RANK)
+    h, P = ("shrink", 3), ("shrink", RANK)
+    assert sorted(ranks) == [y, dx, dB, dQ, h, P]
 
 
 def test_second_derivatives_know_of_masked_ranks():

@@ -26,7 +26,8 @@ def cuda_way(monkeypatch):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
-def test_on_cuda_the_skinny_factor_is_rounded_and_nothing_else(cuda_way, dtype, scale):
+@pytest.mark.parametrize("product", ["shrink", "gather"])
+def test_on_cuda_the_skinny_factor_is_rounded_and_nothing_else(cuda_way, dtype, scale, product):
     S = torch.randn(3, 50) * scale * torch.tensor([[1.0], [1e-4], [1e6]])
     data = torch.randn(50, 20).to(dtype)
     want = S.double() @ data.double()
@@ -34,16 +35,37 @@ def test_on_cuda_the_skinny_factor_is_rounded_and_nothing_else(cuda_way, dtype, 
     lost = UNIT_ROUNDOFF[dtype] * S.abs() + 2.0**-37 * S.abs().amax(dim=1, keepdim=True)
     bound = (lost + 53 * U32 * S.abs()).double() @ data.double().abs()
 
-    found = products.times(S, data)
+    found = products.shrink(data.T, S).T if product == "shrink" else products.gather(S.T, data)
     assert found.dtype == torch.float32
     assert_within(found, want, bound)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_product_of_nothing_is_zero(cuda_way, dtype):
-    found = products.times(torch.ones(3, 0), torch.ones(0, 5, dtype=dtype))
+    shrunk = products.shrink(torch.ones(5, 0, dtype=dtype), torch.ones(3, 0))
+    gathered = products.gather(torch.ones(0, 3), torch.ones(0, 5, dtype=dtype))
 
-    assert torch.equal(found, torch.zeros(3, 5))
+    assert torch.equal(shrunk, torch.zeros(5, 3))
+    assert torch.equal(gathered, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_products_are_those_of_fp64_on_a_cpu(monkeypatch, dtype, rows):
+    """
+    fp16 comes in blocks of two rows.
+    """
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 24)
+    data, S, P = torch.randn(rows, 12).to(dtype), torch.randn(3, 12), torch.randn(rows, 3)
+    u = U32 if dtype != torch.bfloat16 else 2.1 * UNIT_ROUNDOFF[dtype]
+    for found, left, right in (
+        (products.shrink(data, S), data, S.T),
+        (products.gather(P, data), P.T, data),
+    ):
+        want, size = (f(left.double()) @ f(right.double()) for f in (torch.clone, torch.abs))
+        bound = (left.shape[1] + 2) * U32 * size + u * size
+        assert found.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        assert_within(found, want, bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -69,10 +91,10 @@ def test_fp16_factors_out_of_range_give_a_result_in_range(way, request):
     """
     if way == "cuda":
         request.getfixturevalue("cuda_way")
-    S = torch.tensor([[2.0**20, -(2.0**-8)], [2.0**20, 0.0]])  # rank, n
+    P = torch.tensor([[2.0**20, 2.0**20], [-(2.0**-8), 0.0]])  # n, rank
     R = torch.tensor([[1.0, 2.0**-12, 1.0], [0.0, 0.0, -1.0]])  # rank, k
     onto = torch.tensor([[0.0, 1.0, 3.0], [0.0, 1.0, 3.0]], dtype=torch.float16)
-    found = products.expand(S, R, torch.float16, onto=onto)
+    found = products.expand(P, R, torch.float16, onto=onto)
     want = torch.tensor([[float("inf"), 257.0, 3.0], [-(2.0**-8), 1.0, 3.0 - 2.0**-8]])
 
     assert torch.equal(found, want.half())
@@ -82,11 +104,11 @@ def test_fp16_factors_out_of_range_give_a_result_in_range(way, request):
 def test_fp16_rows_do_not_disturb_each_other(way, request):
     if way == "cuda":
         request.getfixturevalue("cuda_way")
-    S, R = torch.randn(3, 5), torch.randn(3, 7)
-    alone = products.expand(S, R, torch.float16)
-    S[1, 2] = float("nan")
-    S[0, 3] = 2.0**40
-    found = products.expand(S, R, torch.float16)
+    P, R = torch.randn(5, 3), torch.randn(3, 7)
+    alone = products.expand(P, R, torch.float16)
+    P[2, 1] = float("nan")
+    P[3, 0] = 2.0**40
+    found = products.expand(P, R, torch.float16)
 
     assert torch.equal(found[[0, 1, 4]], alone[[0, 1, 4]])
     assert found[2].isnan().all()
@@ -94,61 +116,46 @@ def test_fp16_rows_do_not_disturb_each_other(way, request):
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**-10, 1.0, 2.0**10])
 def test_fp16_expansion_is_accurate_at_every_split_of_the_scale(cuda_way, scale):
-    S, R = torch.randn(3, 5) * scale, torch.randn(3, 7) / scale
-    want = S.T.double() @ R.double()
+    P, R = torch.randn(5, 3) * scale, torch.randn(3, 7) / scale
+    want = P.double() @ R.double()
     u = UNIT_ROUNDOFF[torch.float16]
-    bound = 2.1 * u * (S.T.abs() @ R.abs()).double() + u * want.abs() + 4 * 2.0**-25
+    bound = 2.1 * u * (P.abs() @ R.abs()).double() + u * want.abs() + 4 * 2.0**-25
 
-    assert_within(products.expand(S, R, torch.float16), want, bound)
+    assert_within(products.expand(P, R, torch.float16), want, bound)
 
 
 def test_fp16_expansion_is_exact_where_factors_and_sums_fit(cuda_way):
     """
     At either end of what one set of ranks holds, and where two terms of 2^20 cancel.
     """
-    S = torch.tensor([[0.5 + 2.0**-11, 2.0**15, 2.0**20], [0.0, 0.0, -(2.0**20)]])  # rank, n
+    P = torch.tensor([[0.5 + 2.0**-11, 0.0], [2.0**15, 0.0], [2.0**20, -(2.0**20)]])  # n, rank
     R = torch.ones(2, 1)  # rank, k
     want = torch.tensor([[0.5 + 2.0**-11], [2.0**15], [0.0]])
 
-    assert torch.equal(products.expand(S, R, torch.float16), want.half())
+    assert torch.equal(products.expand(P, R, torch.float16), want.half())
 
 
 def test_fp16_expansion_of_a_row_at_the_end_of_fp32_is_exact(cuda_way):
     """2^-127 is no normal fp32 number, and R times 2^-125 would overflow in the second set of ranks."""
-    S, R = torch.tensor([[2.0**-126]]), torch.tensor([[1.5 * 2.0**126]])
+    P, R = torch.tensor([[2.0**-126]]), torch.tensor([[1.5 * 2.0**126]])
 
-    assert products.expand(S, R, torch.float16).tolist() == [[1.5]]
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 8])
-def test_steps_cover_every_row_once(monkeypatch, n):
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)
-    x, y = torch.randn(n, 4).half(), torch.randn(n, 6).half()
-    steps = list(products.steps(x, y))
-    blocks = [products.widened(x[at]) for at in steps]
-
-    assert torch.equal(torch.cat(blocks), x.float())
-    assert all(len(block) <= 2 for block in blocks)
+    assert products.expand(P, R, torch.float16).tolist() == [[1.5]]
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "whole"),
-    [
-        ((torch.bfloat16, torch.bfloat16), True),
-        ((torch.float32,), True),
-        ((torch.float32, torch.float32), False),
-        ((torch.bfloat16, torch.float32), False),
-        ((torch.float16,), False),
-    ],
-)
-def test_what_is_multiplied_as_it_is_comes_in_one_step_unless_a_cache_helps(dtypes, whole):
-    data = [torch.randn(2**10, 2**9).to(dtype) for dtype in dtypes]
-    steps = list(products.steps(*data))
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_what_is_added_to_is_written_if_that_is_asked_for(dtype, in_place, way, request):
+    if way == "cuda":
+        request.getfixturevalue("cuda_way")
+    P, R, onto = torch.randn(5, 3), torch.randn(3, 7), torch.randn(5, 7).to(dtype)
+    before = onto.clone()
+    found = products.expand(P, R, dtype, onto, in_place)
+    u = UNIT_ROUNDOFF[dtype]
 
-    assert (len(steps) == 1) == whole
-    assert products.widened(data[0]).dtype == (
-        torch.float32 if dtypes[0] == torch.float16 else dtypes[0]
-    )
+    assert_within(found, before.double() + P.double() @ R.double(), torch.full((5, 7), 30 * u))
+    assert (found is onto) == in_place
+    assert in_place or torch.equal(onto, before)
 
 
 @pytest.mark.parametrize("width", [0, 1, 12, 13, 1000])
