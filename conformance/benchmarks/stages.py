@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -83,7 +84,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seconds = self._clock() - start
         name = func.overloadpacket.__name__
         if not (func.is_view or name in _NOTHING or _is_a_view(func, args, result)):
-            count = flop_registry.get(func.overloadpacket)
+            count = flop_registry.get(_out_of_place(func))
             self.operations.append(
                 Operation(
                     kind=kind_of(func),
@@ -100,7 +101,8 @@ def kind_of(func: Any) -> str:
     """One of `KINDS`."""
     if func.namespace == "bitsandbytes":
         return "quantised weight"
-    return _KIND_OF.get(func.overloadpacket.__name__, "the rest")
+    name = func.overloadpacket.__name__
+    return _KIND_OF.get(name) or _KIND_OF.get(_out_of_place(func).__name__, "the rest")
 
 
 def traced(step: Callable[[], object], clock: Clock, wait: Callable[[], None]) -> list[Operation]:
@@ -146,6 +148,13 @@ def stages(
             )
         )
     return tuple(found)
+
+
+def _out_of_place(func: Any) -> Any:
+    """The operation that does the same without writing its first argument; itself, if it writes none."""
+    packet = func.overloadpacket
+    name = packet.__name__.removesuffix("_")
+    return getattr(getattr(torch.ops, func.namespace), name, packet)
 
 
 def _is_a_view(func: Any, args: Sequence[Any], result: Any) -> bool:

@@ -78,6 +78,16 @@ def test_backward_is_traced_too() -> None:
     assert [o.kind for o in trace.operations].count("products") == 2
 
 
+def test_a_product_in_place_is_a_product() -> None:
+    y, x, w = torch.ones(4, 2), torch.ones(4, 8), torch.ones(8, 2)
+    with Trace(time.perf_counter) as trace:
+        y.addmm_(x, w)
+        y.add_(1.0)
+
+    assert [o.kind for o in trace.operations] == ["products", "the rest"]
+    assert [o.flops for o in trace.operations] == [2 * 4 * 8 * 2, 0]
+
+
 def test_a_layer_is_told_by_what_its_base_layer_does_not_do() -> None:
     x, w, q = torch.ones(4, 8), torch.ones(8, 2), torch.ones(8, 3)
 

@@ -49,12 +49,7 @@ def run(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = [
-            _SERVER.Process(target=_work, args=(folder, rank, world, function, args), daemon=True)
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
+        processes = _started(folder, world, function, args)
         deadline = time.monotonic() + timeout
         try:
             for process in processes:
@@ -70,6 +65,40 @@ def run(
         died = {r: p.exitcode for r, p in enumerate(processes) if p.exitcode}
         assert not died, f"processes died, by rank: {died}"
         return [torch.load(folder / f"result-{r}.pt", weights_only=False) for r in range(world)]
+
+
+def killed(
+    world: int,
+    victim: int,
+    ready: Callable[[], bool],
+    after: float,
+    function: Callable[..., Any],
+    *args: Any,
+) -> None:
+    """Let `world` processes run a function without end, and kill one so many seconds after `ready`.
+
+    The others are given a second to do what they do then.
+
+    Raises:
+        AssertionError: if they are not ready in time, or one of them ended before.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        processes = _started(Path(name), world, function, args)
+        deadline = time.monotonic() + TIMEOUT
+        try:
+            while not ready():
+                assert time.monotonic() < deadline, f"not ready within {TIMEOUT} s"
+                time.sleep(0.005)
+            time.sleep(after)
+            assert all(process.is_alive() for process in processes), "one ended by itself"
+            processes[victim].kill()
+            processes[victim].join()
+            for process in processes:
+                process.join(1.0)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def torchrun(world: int, script: Path, *arguments: str, gpus: bool = False) -> tuple[str, str]:
@@ -98,6 +127,18 @@ def torchrun(world: int, script: Path, *arguments: str, gpus: bool = False) -> t
         raise
     assert process.returncode == 0, err
     return out, err
+
+
+def _started(
+    folder: Path, world: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> list[Any]:
+    processes = [
+        _SERVER.Process(target=_work, args=(folder, rank, world, function, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _work(

@@ -113,15 +113,19 @@ def test_the_example_runs_over_nccl(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_torchrun_restarts_a_run_in_which_a_process_was_killed(
-    uninterrupted: dict[str, Any], tmp_path: Path
+    engine: str, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     """SIGKILL at step 11, so that three steps after the last checkpoint are lost and done again."""
-    arguments = ("--engine=ddp", f"--folder={tmp_path}", "--die-at=11")
+    arguments = (f"--engine={engine}", f"--folder={tmp_path / 'killed'}", "--die-at=11")
 
     out, err = torchrun(2, SCRIPT, *arguments)
 
+    expected = uninterrupted["two"]
+    if engine == "fsdp2":
+        expected = run(2, _trained, tmp_path / "whole", engine, STEPS)[0]
     assert "exitcode: -9" in err  # it was killed
-    assert f"restarts: 1, ranks: {uninterrupted['two']['ranks']}" in out
-    for name, weight in _saved(tmp_path)["weights"].items():
-        assert torch.equal(weight, uninterrupted["two"]["weights"][name]), name
+    assert f"restarts: 1, ranks: {expected['ranks']}" in out
+    for name, weight in _saved(tmp_path / "killed")["weights"].items():
+        assert torch.equal(weight, expected["weights"][name]), name
