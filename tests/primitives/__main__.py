@@ -23,6 +23,7 @@ from torch.nn.functional import dropout
 from conformance.benchmarks.timing import calls_for, interleaved, median
 from qsvd import _dropout, _products
 from qsvd._arithmetic import add_adapter
+from qsvd._importance import update_averages
 
 TARGET = Path(__file__).parents[2] / "docs" / "performance" / "primitives.json"
 CPU = torch.device("cpu")
@@ -83,6 +84,30 @@ def block_size() -> Alternatives:
         return run
 
     return {f"{rows * D * 4 // 2**10} KiB": in_blocks(rows) for rows in (64, 256, 1024, N)}
+
+
+def averaging() -> Alternatives:
+    """An allocator's averages over 60 weights of 12 x 4096, more than a cache holds."""
+    w, g, mean, unc = ([torch.randn(12, 4096) for _ in range(60)] for _ in range(4))
+
+    def streams() -> None:
+        for i in range(len(w)):
+            w[i].sum()
+            g[i].sum()
+            mean[i].add_(0.0)
+            unc[i].add_(0.0)
+
+    def as_peft() -> None:
+        for i in range(len(w)):
+            ipt = (w[i] * g[i]).abs().detach()
+            mean[i] = 0.85 * mean[i] + 0.15 * ipt
+            unc[i] = 0.85 * unc[i] + 0.15 * (ipt - mean[i]).abs()
+
+    return {
+        "streams alone": streams,
+        "in place": lambda: update_averages(w, g, mean, unc, 0.85, 0.85),
+        "as PEFT": as_peft,
+    }
 
 
 def applying() -> Alternatives:
@@ -207,6 +232,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "adding_fp32": lambda: adding(torch.float32),
     "adding_bf16": lambda: adding(torch.bfloat16),
     "applying": applying,
+    "averaging": averaging,
     "one_row": lambda: few_rows(1),
     "sixteen_rows": lambda: few_rows(16),
     "many_rows": lambda: few_rows(N),
