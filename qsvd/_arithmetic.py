@@ -7,9 +7,9 @@ into the small `Q = A * (E * c)`, in fp32, so that the update is never held befo
 by `ranknum`, which keeps fp16 in range.
 
 An adapter begins before the base layer and finishes after it: in between the base layer is given what
-`begin` passes on. So in backward the gradient that the base layer has for x comes back to the adapter,
-and both sums, y and dx, are one product each that is added to what the base layer wrote. Nothing as
-large as x or y is allocated, where that may be written (see `begin`).
+the adapter passes on. So in backward the gradient that the base layer has for x comes back to the
+adapter, and both sums, y and dx, are one product each that is added to what the base layer wrote.
+Nothing as large as x or y is allocated where that may be written (see `adapted`).
 
 Products with a large tensor are computed in its dtype, see `qsvd._products`, their sums in fp32, and
 the parameters' gradients come out in fp32. For the backward pass `x` is saved, which its producer
@@ -22,6 +22,7 @@ half precision on CUDA, refused by torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qsvd._dropout import Mask, unpacked
+from qsvd._dropout import Mask, drop, unpacked
 from qsvd._products import HALF, expand, few_rows, gather, shrink
 
 Gradients = tuple[Tensor | None, ...]
@@ -40,7 +41,26 @@ _MANY_RANKS = 8
 _KEPT_SHARE = 1 / 25
 
 
-class Pending(NamedTuple):
+class Adapter(NamedTuple):
+    """What a layer has of one adapter.
+
+    dropout: called with x (..., in), or drawn as a mask: see `qsvd._dropout`.
+    A: (r, in), fp32.
+    E: (r, 1), fp32.
+    B: (out, r), fp32.
+    scaling: the numerator of c.
+    ranknum: a number, or (1,), fp32. It gets no gradient.
+    """
+
+    dropout: nn.Module
+    A: Tensor
+    E: Tensor
+    B: Tensor
+    scaling: float
+    ranknum: Tensor | float
+
+
+class _Pending(NamedTuple):
     """An update that waits for the base layer's output.
 
     h: (n, rank), x @ Q.T of the ranks that are computed; None where few rows leave it for later.
@@ -60,32 +80,48 @@ class Pending(NamedTuple):
     live: Tensor | None = None
 
 
-def begin(
+def adapted(
+    call_base: Callable[[Tensor], Tensor],
     x: Tensor,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    c: Tensor | float,
-    mask: Mask | None = None,
-    in_place: bool = False,
-) -> tuple[Tensor, Pending]:
-    """The first half of an adapter, up to what has as many columns as it has ranks.
+    adapters: Iterable[Adapter],
+    private: bool,
+    drop: Callable[[nn.Module, Tensor], tuple[Tensor, Mask | None]] = drop,
+) -> Tensor:
+    """The base layer's output plus the updates of some adapters.
 
     Args:
+        call_base: the base layer.
         x: (..., in), any floating dtype.
-        A: (r, in), fp32.
-        E: (r, 1), fp32.
-        B: (out, r), fp32.
-        c: a number, or (1,), fp32: scaling / (ranknum + 1e-5), over (1 - p) if there is a mask. It
-            gets no gradient.
-        mask: the elements of x that dropout keeps, see `draw_mask`; None for all.
-        in_place: whether the base layer's output, and the gradient that it returns for its input, are
-            nobody else's, and may be written.
+        adapters: in the order in which they are added.
+        private: whether nobody else sees how the base layer is called, what it returns and the
+            gradient that it returns for its input. Then both are written, and x is given as a matrix.
+        drop: what an adapter's dropout makes of x.
 
     Returns:
-        What to call the base layer with, x's values, and what is to be finished.
+        (..., out), in the dtype that the base layer returns.
     """
-    pending = Pending(x, A, E, B, c, mask, in_place)
+    shape = x.shape
+    if private and not few_rows(x):
+        x = _rows(x)
+    pending = []
+    for adapter in adapters:
+        x_a, mask = drop(adapter.dropout, x)
+        passed, update = _begin(x_a, adapter, mask, private)
+        x = passed if x_a is x else x
+        pending.append(update)
+    y = call_base(x)
+    for update in pending:
+        y = _finish(y, update)
+    return y if y.dim() == len(shape) else y.reshape(*shape[:-1], y.shape[-1])
+
+
+def _begin(
+    x: Tensor, adapter: Adapter, mask: Mask | None, in_place: bool
+) -> tuple[Tensor, _Pending]:
+    """What to call the base layer with, x's values, and what is to be finished."""
+    A, E, B = adapter.A, adapter.E, adapter.B
+    scaling = adapter.scaling if mask is None else adapter.scaling / (1.0 - mask.p)
+    pending = _Pending(x, A, E, B, scaling / (adapter.ranknum + 1e-5), mask, in_place)
     grad = torch.is_grad_enabled()
     # Ordinary operations would be cast in a backward pass that is run within autocast.
     few = few_rows(x) and not (grad and _in_autocast(x.device))
@@ -93,24 +129,16 @@ def begin(
         return x, pending
     rows = _rows(x)
     live = _live_ranks(E)
+    kept, bits = (None, None) if mask is None else (mask.kept, mask.bits)
     with _without_autocast(x.device):
-        passed, token, h = _call(_Project, rows, A, E, c, *(mask or (None, None)), live, in_place)
+        passed, token, h = _call(_Project, rows, A, E, pending.c, kept, bits, live, in_place)
     if grad and x.requires_grad:
         x = passed if x.dim() == 2 else passed.reshape(x.shape)
     return x, pending._replace(x=rows, h=h, token=token, live=live)
 
 
-def finish(base: Tensor, pending: Pending) -> Tensor:
-    """`base` plus the update.
-
-    Args:
-        base: (..., out), any floating dtype.
-        pending: what `begin` returned for an x of as many rows.
-
-    Returns:
-        (..., out), in `base`'s dtype: a new tensor, or `base` itself, where that may be written or
-        the rank is 0.
-    """
+def _finish(base: Tensor, pending: _Pending) -> Tensor:
+    """`base` (..., out) plus the update: a new tensor, or `base` itself if that may be written."""
     _, A, E, B, c, mask, in_place, h, token, live = pending
     if A.shape[0] == 0:
         return base
@@ -120,23 +148,10 @@ def finish(base: Tensor, pending: Pending) -> Tensor:
         rows = _rows(base)
         # A view of what a function returned is not to be written within another.
         in_place = in_place and not rows._is_view()
-        bits = mask.bits if mask else None
+        bits = None if mask is None else mask.bits
         y: Tensor = _call(_Update, rows, token, h, B, pending.x, A, E, c, bits, live, in_place)
     # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
     return y if base.dim() == 2 else y.reshape(base.shape)
-
-
-def add_adapter(
-    base: Tensor,
-    x: Tensor,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    c: Tensor | float,
-    mask: Mask | None = None,
-) -> Tensor:
-    """`base + (x * mask) @ (A * E * c).T @ B.T`, for a `base` that is there already; see `begin`."""
-    return finish(base, begin(x, A, E, B, c, mask)[1])
 
 
 def number(t: Tensor, device: torch.device) -> Tensor | float:
@@ -297,7 +312,7 @@ def _hidden(x: Tensor, A: Tensor, E: Tensor, c: Tensor | float, live: Tensor | N
     return shrink(x, A * (E * c))
 
 
-def _add_few_rows(base: Tensor, pending: Pending) -> Tensor:
+def _add_few_rows(base: Tensor, pending: _Pending) -> Tensor:
     """y (..., out) of few rows: in as few operations as can be, each of which is left to torch."""
     x, A, E, B, c, mask, *_ = pending
     if isinstance(c, Tensor):

@@ -23,10 +23,12 @@ class Mask(NamedTuple):
 
     kept: (n, k), uint8, 0 or 1.
     bits: the same, a byte for eight elements and for the rest.
+    p: the chance of a 0.
     """
 
     kept: Tensor
     bits: Tensor
+    p: float
 
 
 def drop(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Mask | None]:
@@ -53,7 +55,8 @@ def drop(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Mask | None]:
 def draw_mask(p: float, x: Tensor) -> Mask:
     """Which elements of x (..., k) to keep; each is dropped with chance p, 0 < p < 1."""
     kept = _draw(-(-x.numel() // 8) * 8, p, x.device)
-    return Mask(kept.view(torch.uint8)[: x.numel()].view(-1, x.shape[-1]), _packed(kept))
+    rows = kept.view(torch.uint8)[: x.numel()].view(-1, x.shape[-1])
+    return Mask(rows, _packed(kept), p)
 
 
 def unpacked(bits: Tensor, n: int, k: int) -> Tensor:

@@ -15,10 +15,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _python_dispatch, checkpoint
 
 from qsvd._adapters import Adapters
-from qsvd._arithmetic import begin, finish, is_eager, number
+from qsvd._arithmetic import Adapter, adapted, is_eager, number
 from qsvd._checks import AdapterSettings, check_extra_keywords, check_new_name
-from qsvd._dropout import drop
-from qsvd._products import few_rows
 
 # What a selective checkpoint (torch 2.4) keeps operations' outputs with, for its second forward pass.
 _RECORDERS = tuple(
@@ -103,26 +101,15 @@ class SVDLayer(Adapters):
             )
         if self._disable_adapters:
             return self.call_base(x, *args, **kwargs)
-        shape = x.shape
-        private = self.is_private(self.base_layer)
-        if private and not few_rows(x):
-            x = x.reshape(shape[:-1].numel(), shape[-1])
-        pending = []
+        adapters = []
         for name in self._active_adapters:
             # By attribute: a `ParameterDict`'s brackets take three times as long.
             A, E = getattr(self.lora_A, name), getattr(self.lora_E, name)
             B, ranknum = getattr(self.lora_B, name), getattr(self.ranknum, name)
-            dropout: Any = self.lora_dropout[name]
-            x_a, mask = drop(dropout, x)
-            scale = self.scaling[name] if mask is None else self.scaling[name] / (1.0 - dropout.p)
-            c = scale / (number(ranknum, E.device) + 1e-5)
-            passed, update = begin(x_a, A, E, B, c, mask, private)
-            x = passed if x_a is x else x
-            pending.append(update)
-        y = self.call_base(x, *args, **kwargs)
-        for update in pending:
-            y = finish(y, update)
-        return y if y.dim() == len(shape) else y.reshape(*shape[:-1], y.shape[-1])
+            scaling, dropout = self.scaling[name], self.lora_dropout[name]
+            adapters.append(Adapter(dropout, A, E, B, scaling, number(ranknum, E.device)))
+        private = self.is_private(self.base_layer)
+        return adapted(lambda x: self.call_base(x, *args, **kwargs), x, adapters, private)
 
     @classmethod
     def is_private(cls, base_layer: nn.Module) -> bool:

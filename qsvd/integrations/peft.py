@@ -12,7 +12,7 @@ from peft.tuners.adalora.bnb import SVDLinear4bit as PeftLinear4bit
 from peft.tuners.adalora.bnb import SVDLinear8bitLt as PeftLinear8bitLt
 from torch import Tensor, nn
 
-from qsvd._arithmetic import begin, finish
+from qsvd._arithmetic import Adapter, adapted
 from qsvd._bitsandbytes import SVDLinear4bit, SVDLinear8bitLt
 from qsvd._layer import SVDLayer
 
@@ -29,22 +29,23 @@ class _Accelerated:
         if self.disable_adapters:
             y: Tensor = self.arithmetic.call_base(self, x, *args, **kwargs)
             return y
-        private = self.arithmetic.is_private(self.base_layer)
-        pending = []
+        adapters = []
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue  # PEFT's layers may lack an adapter that others have
             # PEFT keeps adapters in half precision if it is told to.
             A, E, B = (p[name].float() for p in (self.lora_A, self.lora_E, self.lora_B))
-            c = self.scaling[name] / (self.ranknum[name].detach().float() + 1e-5)
-            x_a = self.lora_dropout[name](x)
-            passed, update = begin(x_a, A, E, B, c, in_place=private)
-            x = passed if x_a is x else x
-            pending.append(update)
-        y = self.arithmetic.call_base(self, x, *args, **kwargs)
-        for update in pending:
-            y = finish(y, update)
-        return y
+            ranknum = self.ranknum[name].detach().float()
+            dropout, scaling = self.lora_dropout[name], self.scaling[name]
+            adapters.append(Adapter(dropout, A, E, B, scaling, ranknum))
+        private = self.arithmetic.is_private(self.base_layer)
+        return adapted(
+            lambda x: self.arithmetic.call_base(self, x, *args, **kwargs),
+            x,
+            adapters,
+            private,
+            drop=lambda dropout, x: (dropout(x), None),  # PEFT's random numbers
+        )
 
 
 class AcceleratedLinear4bit(_Accelerated, PeftLinear4bit):  # type: ignore[misc]

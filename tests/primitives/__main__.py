@@ -22,7 +22,7 @@ from torch.nn.functional import dropout
 
 from conformance.benchmarks.timing import calls_for, interleaved, median
 from qsvd import _dropout, _products
-from qsvd._arithmetic import add_adapter
+from qsvd._arithmetic import Adapter, adapted
 from qsvd._importance import update_averages
 
 TARGET = Path(__file__).parents[2] / "docs" / "performance" / "primitives.json"
@@ -57,11 +57,14 @@ def few_rows(n: int) -> Alternatives:
     """An adapter's forward and backward over n rows of bf16, by functions or by operations."""
     x, base, dy = (torch.randn(n, D).bfloat16() for _ in range(3))
     A, E, B = (torch.randn(*s).requires_grad_(True) for s in ((R, D), (R, 1), (D, R)))
+    adapters = [Adapter(torch.nn.Identity(), A, E, B, 0.5, 1.0)]
 
     def step(most: int) -> Callable[[], None]:
         def run() -> None:
             with mock.patch.object(_products, "_FEW_ROWS", most):
-                y = add_adapter(base, x.detach().requires_grad_(True), A, E, B, 0.5)
+                y = adapted(
+                    lambda x: base, x.detach().requires_grad_(True), adapters, private=False
+                )
                 y.backward(dy)
                 A.grad = E.grad = B.grad = None
 
@@ -179,6 +182,7 @@ def plain_operations() -> Alternatives:
     x, base = torch.randn(N, D).bfloat16(), torch.randn(N, D).bfloat16()
     A, E, B = (torch.randn(*s).requires_grad_(True) for s in ((R, D), (R, 1), (D, R)))
     c, dy = torch.ones(1), torch.randn(N, D).bfloat16()
+    adapters = [Adapter(torch.nn.Identity(), A, E, B, 1.0, c)]
 
     def step(update: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -201,7 +205,9 @@ def plain_operations() -> Alternatives:
         "fp32 copy of x, as PEFT": step(peft),
         "folded, gradients of A in fp32": step(widened),
         "folded, bf16 products": step(folded),
-        "two functions, bf16 products": step(lambda b, x: add_adapter(b, x, A, E, B, c)),
+        "two functions, bf16 products": step(
+            lambda b, x: adapted(lambda x: b, x, adapters, private=False)
+        ),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 import qsvd
+from qsvd._arithmetic import Adapter, adapted
+from qsvd._dropout import Mask
 
 Kind = Literal["4bit", "8bit"]
 KINDS: tuple[Kind, ...] = ("4bit", "8bit")
@@ -128,6 +131,22 @@ def gradients(
     leaf = x.detach().clone().requires_grad_(True)
     layer(leaf).backward(dy)
     return leaf.grad, {p: getattr(layer, p)[name].grad.clone() for p in PARAMETERS}
+
+
+def updated(
+    base: Tensor | Callable[[Tensor], Tensor],
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    c: Any,
+    mask: Mask | None = None,
+    private: bool = False,
+) -> Tensor:
+    """`base(x)`, or a `base` that is there already, plus the update of an adapter with ranknum 1."""
+    adapter = Adapter(nn.Identity(), A, E, B, c, 1.0 - 1e-5)
+    call_base = base if callable(base) else lambda x: base
+    return adapted(call_base, x, [adapter], private, drop=lambda dropout, x: (x, mask))
 
 
 def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsvd._arithmetic import add_adapter
 from qsvd._dropout import draw_mask
 from tests.qsvd.build import (
     DTYPES,
@@ -16,6 +15,7 @@ from tests.qsvd.build import (
     gradients,
     layer,
     randomised,
+    updated,
 )
 
 
@@ -70,16 +70,21 @@ def test_ranknum_gets_no_gradient_even_if_it_asks_for_one():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_first_and_second_derivatives_match_finite_differences(p):
-    base, x = torch.randn(3, 4).double(), torch.randn(3, 6).double()
-    A, E, B = torch.randn(2, 6).double(), torch.randn(2, 1).double(), torch.randn(4, 2).double()
-    inputs = [t.requires_grad_(True) for t in (base, x, A, E, B)]
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("private", [False, True])
+def test_first_and_second_derivatives_match_finite_differences(p, rows, private):
+    bias, x = torch.randn(rows, 2).double(), torch.randn(rows, 6).double()
+    A, E, B = torch.randn(2, 6).double(), torch.randn(2, 1).double(), torch.randn(2, 2).double()
+    W = torch.randn(2, 6).double()
+    inputs = [t.requires_grad_(True) for t in (bias, x, A, E, B)]
     c = torch.tensor([0.7], dtype=torch.float64)
-
     mask = draw_mask(p, x) if p else None
 
-    assert torch.autograd.gradcheck(lambda *t: add_adapter(*t, c, mask), inputs)
-    assert torch.autograd.gradgradcheck(lambda *t: add_adapter(*t, c, mask), inputs)
+    def y(bias, x, *factors):
+        return updated(lambda x: bias + (x @ W.T).tanh(), x, *factors, c, mask, private)
+
+    assert torch.autograd.gradcheck(y, inputs)
+    assert torch.autograd.gradgradcheck(y, inputs)
 
 
 @pytest.mark.parametrize("frozen", [(), *[(p,) for p in PARAMETERS], PARAMETERS])
@@ -130,7 +135,7 @@ def test_backward_keeps_the_input_and_beside_it_h_where_that_is_small(dtype, wid
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        add_adapter(base, x, A, E, B, 1.0)
+        updated(base, x, A, E, B, 1.0)
     beside_x = sum(size for at, size in kept.items() if at != x.untyped_storage().data_ptr())
     parameters = 4 * (A.numel() + E.numel() + B.numel())
 
@@ -144,7 +149,7 @@ def test_a_frozen_adapter_does_not_keep_the_input():
     x = torch.randn(512, 64, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        add_adapter(torch.randn(512, 32), x, torch.ones(4, 64), torch.ones(4, 1), torch.ones(32, 4),
+        updated(torch.randn(512, 32), x, torch.ones(4, 64), torch.ones(4, 1), torch.ones(32, 4),
                     torch.ones(1))  # fmt: skip
 
     assert x.shape not in kept

@@ -56,6 +56,24 @@ def test_it_trains_as_before(kind: Kind) -> None:
     assert_same_output(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_update_is_added_in_place_here_too(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accelerate(peft_model(kind, config()))
+    adapted = next(m for m in model.modules() if type(m).__name__.startswith("Accelerated"))
+    seen = []
+    call = adapted.arithmetic.call_base
+
+    def call_base(*given: Any) -> torch.Tensor:
+        seen.append(call(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(adapted.arithmetic, "call_base", call_base)
+    y = adapted(torch.randn(5, 8, WIDTH, requires_grad=True))
+
+    assert y.shape[:2] == (5, 8)
+    assert y.data_ptr() == seen[0].data_ptr()
+
+
 def test_its_files_are_pefts_and_ours(tmp_path: Path) -> None:
     model = accelerate(peft_model("4bit", config()))
     train(model)
