@@ -116,7 +116,8 @@ class SVDLayer(Adapters):
         """Whether nobody else sees how the base layer is called, nor what it returns.
 
         Then its output may be written, and so may the gradient that it returns: bitsandbytes' layers
-        have just made either.
+        have just made either, and read neither again. (PEFT clones the output of a 4-bit layer, for
+        fear of a view; a view is not written here.)
 
         Args:
             base_layer: one that `check_base_layer` accepts.

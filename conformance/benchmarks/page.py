@@ -54,7 +54,8 @@ _STAGES = """## Where the time goes
 By kind of operation: what passes torch's dispatcher in forward and backward, timed one by one,
 without those that the base layer does. What is left of the overhead is Python, autograd, and what the
 caches do to the base layer's own operations; the overhead is a difference of two large times, and so this
-column has the noise of both.
+column has the noise of both. The last column is the ratio that a layer would reach if its products were all
+that took time, as torch multiplies here: less is out of reach of any order of torch's operations.
 """
 _CUDA = """## CUDA
 
@@ -256,6 +257,7 @@ def _stages(results: Results) -> str:
         if base is None or s.mode != "step" or s.kind != "4bit" or s.checkpoint or s.adapters > 1:
             continue
         first = f"`{s.id}`"
+        peft = record.entry(ADALORA)
         for entry in record.entries:
             if entry.role == "base" or entry.contestant.endswith(FULL) or not entry.stages:
                 continue
@@ -263,9 +265,11 @@ def _stages(results: Results) -> str:
             overhead = entry.seconds - base.seconds
             rest = overhead - sum(more.values())
             parts = [f"{more[kind] * 1e3:.2f}" for kind in KINDS[1:]]
-            rows.append(
-                [first, entry.contestant, f"{overhead * 1e3:.2f}", *parts, f"{rest * 1e3:.2f}"]
-            )
+            bare = ""
+            if peft is not None and peft.seconds > base.seconds:
+                bare = f"{more['products'] / (peft.seconds - base.seconds):.2f}"
+            took, left = f"{overhead * 1e3:.2f}", f"{rest * 1e3:.2f}"
+            rows.append([first, entry.contestant, took, *parts, left, bare])
             first = ""
     headings = (
         "scenario",
@@ -274,6 +278,7 @@ def _stages(results: Results) -> str:
         *KINDS[1:-1],
         "other operations",
         "left",
+        "bare products / AdaLoRA's overhead",
     )
     return table(headings, rows)
 

@@ -131,6 +131,18 @@ def test_without_peft_and_cuda_the_page_is_whole_all_the_same() -> None:
     assert "| mine | 1000 | 2000 | 3000 | 0 |" in text
 
 
+def test_it_says_what_the_products_alone_would_come_to() -> None:
+    results = made_up(Scenario())
+    record = results.layers[0]
+    mine = record.entries[1]
+    peft = replace(mine, contestant="PEFT AdaLoRA", role="adalora", seconds=3.0)
+    both = replace(results, layers=(replace(record, entries=(*record.entries, peft)),))
+    row = next(r for r in render(both, TRIED, None, {"small": {"one": 1.5}}).splitlines()
+               if r.startswith("| `4bit-bf16-512x1024x1024-r8-step` | mine <1> | 500"))  # fmt: skip
+
+    assert row.endswith("| 0.07 |")  # 0.15 of 2 seconds
+
+
 def test_the_picture_is_well_formed_and_has_every_training_scenario() -> None:
     results = made_up(Scenario())
     generating = replace(results.layers[0], scenario=Scenario(tokens=1, mode="forward"))

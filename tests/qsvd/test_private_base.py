@@ -63,6 +63,30 @@ def test_the_update_is_added_in_place_whatever_the_shape(kind, dtype, shape, gra
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_bitsandbytes_needs_neither_its_output_nor_its_gradient_again(kind, dtype):
+    """
+    What the layers rely on: both are new, and nothing reads them later. Either is overwritten here
+    behind autograd's back, which would otherwise notice.
+    """
+    base = base_layer(kind)
+    x, dy = torch.randn(ROWS, 64).to(dtype).requires_grad_(True), torch.randn(ROWS, 32).to(dtype)
+    y = base(x)
+    (want,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    inputs, gradient = (x.detach().clone(), dy.clone()), want.clone()
+    y.data.fill_(float("nan"))
+    want.fill_(float("nan"))
+
+    (again,) = torch.autograd.grad(y, x, dy)
+
+    assert not y._is_view()
+    assert again.is_contiguous()
+    assert torch.equal(again, gradient)
+    assert torch.equal(x, inputs[0])
+    assert torch.equal(dy, inputs[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("adapters", [1, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_have_the_bits_of_those_of_a_base_layer_with_an_audience(
