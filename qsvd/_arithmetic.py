@@ -112,6 +112,7 @@ def adapted(
     y = call_base(x)
     for update in pending:
         y = _finish(y, update)
+    # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
     return y if y.dim() == len(shape) else y.reshape(*shape[:-1], y.shape[-1])
 
 
@@ -138,7 +139,7 @@ def _begin(
 
 
 def _finish(base: Tensor, pending: _Pending) -> Tensor:
-    """`base` (..., out) plus the update: a new tensor, or `base` itself if that may be written."""
+    """`base` (..., out) plus the update, (..., out) or (n, out): new, or `base` if that may be written."""
     _, A, E, B, c, mask, in_place, h, token, live = pending
     if A.shape[0] == 0:
         return base
@@ -150,8 +151,7 @@ def _finish(base: Tensor, pending: _Pending) -> Tensor:
         in_place = in_place and not rows._is_view()
         bits = None if mask is None else mask.bits
         y: Tensor = _call(_Update, rows, token, h, B, pending.x, A, E, c, bits, live, in_place)
-    # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
-    return y if base.dim() == 2 else y.reshape(base.shape)
+        return y
 
 
 def number(t: Tensor, device: torch.device) -> Tensor | float:

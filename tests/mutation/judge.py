@@ -41,6 +41,7 @@ TESTS = tuple(
         "gradients",
         "identity",
         "masked_ranks",
+        "private_base",
         "products",
         "refusals",
         "state",

@@ -62,6 +62,50 @@ def test_the_update_is_added_in_place_whatever_the_shape(kind, dtype, shape, gra
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("audience", [False, True])
+@pytest.mark.parametrize("grad", [True, False])
+def test_both_sums_are_products_in_place(kind, audience, grad, monkeypatch):
+    """
+    y and, where x has a gradient, dx; without an audience.
+    """
+    adapted = randomised(layer(kind, r=3))
+    if audience:
+        adapted.base_layer.register_forward_hook(lambda *_: None)
+    written = []
+    product = _arithmetic.expand
+
+    def expand(P, R, dtype, onto=None, in_place=False):
+        assert onto is not None
+        written.append(in_place)
+        return product(P, R, dtype, onto, in_place)
+
+    monkeypatch.setattr(_arithmetic, "expand", expand)
+    adapted(torch.randn(2, 20, 64, requires_grad=grad)).sum().backward()
+
+    assert written == [not audience] * (1 + grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(ROWS,), (5, 8)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_of_the_base_layer_sees_x_as_it_was_given(kind, shape, grad):
+    """
+    And no gradient is computed for it where x has none.
+    """
+    adapted = randomised(layer(kind, r=3))
+    seen = []
+    adapted.base_layer.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+    x = torch.randn(*shape, 64, requires_grad=grad)
+    y = adapted(x)
+    (given, returned), *more = seen
+
+    assert not more
+    assert torch.equal(given, x)
+    assert given.requires_grad == grad
+    assert returned.shape == y.shape == (*shape, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitsandbytes_needs_neither_its_output_nor_its_gradient_again(kind, dtype):
     """
@@ -127,6 +171,8 @@ def captured(adapted, how):
         base.register_forward_hook(lambda module, args, y: keep(y))
     elif how == "gradient of the input":
         base.register_forward_pre_hook(lambda module, args: args[0].register_hook(keep) and None)
+    elif how == "backward pre-hook":
+        base.register_full_backward_pre_hook(lambda module, dy: keep(dy[0]))
     elif how == "backward hook":
         base.register_full_backward_hook(lambda module, dx, dy: keep(dx[0]))
     elif how == "forward replaced":
@@ -158,6 +204,7 @@ def no_global_hooks():
         "forward hook",
         "gradient of the input",
         "backward hook",
+        "backward pre-hook",
         "forward replaced",
         "hook of all modules",
     ],
@@ -188,6 +235,7 @@ def test_a_base_layer_of_ones_own_is_not_written():
     y = adapted(torch.randn(ROWS, 64))
 
     assert not SVDLinear4bit.is_private(base)
+    assert SVDLinear4bit.is_private(base_layer("4bit"))
     assert not torch.equal(y, base.last)
 
 
