@@ -18,6 +18,9 @@ from tests.qsvd.build import (
     updated,
 )
 
+# Few rows take ordinary operations, others the layer's own functions.
+FEW_AND_MANY = pytest.mark.parametrize("rows", [7, 40])
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,8 +44,9 @@ def test_every_gradient_is_right_and_sums_are_in_fp32(kind, dtype, rows, monkeyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_has_a_gradient_in_its_singular_values_alone(kind):
-    _, found = gradients(layer(kind), torch.randn(7, 64), torch.randn(7, 32))
+@FEW_AND_MANY
+def test_a_new_adapter_has_a_gradient_in_its_singular_values_alone(kind, rows):
+    _, found = gradients(layer(kind), torch.randn(rows, 64), torch.randn(rows, 32))
 
     assert not found["lora_A"].any()
     assert not found["lora_B"].any()
@@ -50,11 +54,12 @@ def test_a_new_adapter_has_a_gradient_in_its_singular_values_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_masked_singular_value_keeps_its_own_gradient_only(kind):
+@FEW_AND_MANY
+def test_a_masked_singular_value_keeps_its_own_gradient_only(kind, rows):
     adapted = randomised(layer(kind))
     with torch.no_grad():
         adapted.lora_E["default"][2] = 0.0
-    _, found = gradients(adapted, torch.randn(7, 64), torch.randn(7, 32))
+    _, found = gradients(adapted, torch.randn(rows, 64), torch.randn(rows, 32))
 
     assert not found["lora_A"][2].any()
     assert not found["lora_B"][:, 2].any()
@@ -92,9 +97,10 @@ def test_first_and_second_derivatives_match_finite_differences(p, rows, private,
 
 
 @pytest.mark.parametrize("frozen", [(), *[(p,) for p in PARAMETERS], PARAMETERS])
-def test_frozen_parameters_get_no_gradient_and_the_others_theirs(frozen):
+@FEW_AND_MANY
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs(frozen, rows):
     adapted = randomised(layer("4bit"))
-    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
     dx, want = gradients(adapted, x, dy)
     adapted.zero_grad()
     for name in frozen:
@@ -109,9 +115,10 @@ def test_frozen_parameters_get_no_gradient_and_the_others_theirs(frozen):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_input_without_gradient_still_trains_the_adapter(kind):
+@FEW_AND_MANY
+def test_an_input_without_gradient_still_trains_the_adapter(kind, rows):
     adapted = randomised(layer(kind))
-    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
     _, want = gradients(adapted, x, dy)
     adapted.zero_grad()
     adapted(x).backward(dy)
@@ -160,9 +167,10 @@ def test_a_frozen_adapter_does_not_keep_the_input():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_output_may_be_written_in_place(kind):
+@FEW_AND_MANY
+def test_the_output_may_be_written_in_place(kind, rows):
     adapted = randomised(layer(kind))
-    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
     dx, want = gradients(adapted, x, dy)
     adapted.zero_grad()
     x = x.requires_grad_(True)
@@ -175,12 +183,13 @@ def test_the_output_may_be_written_in_place(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_uses_the_mask_of_its_forward_in_backward(kind):
+@FEW_AND_MANY
+def test_dropout_uses_the_mask_of_its_forward_in_backward(kind, rows):
     """
     With a zero base weight the adapter alone passes a gradient, and only where x was kept.
     """
     adapted = randomised(layer(kind, lora_dropout=0.5))
-    x = torch.ones(6, 64, requires_grad=True)
+    x = torch.ones(rows, 64, requires_grad=True)
     torch.manual_seed(5)
     kept = draw_mask(adapted.lora_dropout["default"].p, x).kept != 0
     torch.manual_seed(5)
@@ -194,9 +203,10 @@ def test_dropout_uses_the_mask_of_its_forward_in_backward(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_backward_inside_autocast_has_the_bits_of_one_outside(kind, dtype):
+@FEW_AND_MANY
+def test_a_backward_inside_autocast_has_the_bits_of_one_outside(kind, dtype, rows):
     adapted = randomised(layer(kind))
-    x, dy = torch.randn(7, 64), torch.randn(7, 32)
+    x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
     found = []
     for inside in (True, False):
         adapted.zero_grad()
