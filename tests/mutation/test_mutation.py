@@ -98,12 +98,12 @@ def small_judge() -> judge.Judge:
 
 
 def test_the_judge_finds_who_notices(small_judge: judge.Judge) -> None:
-    layer, checks = mutants_of(PACKAGE / "_layer.py"), mutants_of(PACKAGE / "_checks.py")
+    formula, checks = mutants_of(PACKAGE / "_arithmetic.py"), mutants_of(PACKAGE / "_checks.py")
 
     def verdict(mutants: list[Mutant], change: str) -> Verdict:
         return small_judge.judge(next(m for m in mutants if change in m.change))
 
-    by_suite = verdict(layer, "E.device) - 1e-5)")
+    by_suite = verdict(formula, "adapter.ranknum - 1e-5)")
     assert (by_suite.clause, by_suite.test) == ("SCALE-1", "")
     by_tests = verdict(checks, 'raise TypeError(f"Unknown keyword `{key}`. {hint}") → pass')
     assert (by_tests.clause, by_tests.asked) == ("", 0)
