@@ -229,9 +229,8 @@ class _Project(torch.autograd.Function):
         with _without_autocast(P.device):
             Ec = E * c  # rank, 1
             if needs_A or needs_E:
-                dQ = gather(
-                    P, x if kept is None else x * kept
-                )  # rank, in; of all, for dE is not zero
+                # rank, in; of all ranks, for dE is not zero
+                dQ = gather(P, x if kept is None else x * kept)
                 dA = dQ * Ec if needs_A else None
                 dE = (dQ * A).sum(1, keepdim=True) * c if needs_E else None
             if needs_x:
