@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,11 @@ def run(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = _started(folder, world, function, args)
-        deadline = time.monotonic() + timeout
-        try:
+        with _started(folder, world, function, args) as processes:
+            deadline = time.monotonic() + timeout
             for process in processes:
                 process.join(max(0.0, deadline - time.monotonic()))
             late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
         failures = [path.read_text() for path in sorted(folder.glob("failure-*"))]
         assert not failures, "\n".join(failures)
         assert not late, f"processes {late} of {world} did not end within {timeout} s"
@@ -82,23 +78,20 @@ def killed(
     Raises:
         AssertionError: if they are not ready in time, or one of them ended before.
     """
-    with tempfile.TemporaryDirectory() as name:
-        processes = _started(Path(name), world, function, args)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        _started(Path(name), world, function, args) as processes,
+    ):
         deadline = time.monotonic() + TIMEOUT
-        try:
-            while not ready():
-                assert time.monotonic() < deadline, f"not ready within {TIMEOUT} s"
-                time.sleep(0.005)
-            time.sleep(after)
-            assert all(process.is_alive() for process in processes), "one ended by itself"
-            processes[victim].kill()
-            processes[victim].join()
-            for process in processes:
-                process.join(1.0)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        while not ready():
+            assert time.monotonic() < deadline, f"not ready within {TIMEOUT} s"
+            time.sleep(0.005)
+        time.sleep(after)
+        assert all(process.is_alive() for process in processes), "one ended by itself"
+        processes[victim].kill()
+        processes[victim].join()
+        for process in processes:
+            process.join(1.0)
 
 
 def torchrun(world: int, script: Path, *arguments: str, gpus: bool = False) -> tuple[str, str]:
@@ -129,16 +122,23 @@ def torchrun(world: int, script: Path, *arguments: str, gpus: bool = False) -> t
     return out, err
 
 
+@contextmanager
 def _started(
     folder: Path, world: int, function: Callable[..., Any], args: tuple[Any, ...]
-) -> list[Any]:
+) -> Iterator[list[Any]]:
+    """The processes of a group, none of which outlives the block."""
     processes = [
         _SERVER.Process(target=_work, args=(folder, rank, world, function, args), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
         process.start()
-    return processes
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _work(
