@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _python_dispatch, checkpoint
@@ -276,8 +275,5 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _is_recorded() -> bool:
     """Whether a selective checkpoint keeps what operations return: it forbids to write that."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return False
-    return any(
-        isinstance(mode, _RECORDERS) for mode in _python_dispatch._get_current_dispatch_mode_stack()
-    )
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    return any(isinstance(mode, _RECORDERS) for mode in modes)
