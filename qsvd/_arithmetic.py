@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from qsvd._autograd import apply, is_eager
 from qsvd._dropout import Mask, drop, unpacked
 from qsvd._products import HALF, expand, few_rows, gather, shrink
 
@@ -105,6 +106,8 @@ def adapted(
         x = _rows(x)
     pending = []
     for adapter in adapters:
+        if adapter.A.shape[0] == 0:
+            continue
         x_a, mask = drop(adapter.dropout, x)
         passed, update = _begin(x_a, adapter, mask, private)
         x = passed if x_a is x else x
@@ -126,13 +129,13 @@ def _begin(
     grad = torch.is_grad_enabled()
     # Ordinary operations would be cast in a backward pass that is run within autocast.
     few = few_rows(x) and not (grad and _in_autocast(x.device))
-    if A.shape[0] == 0 or few:
+    if few:
         return x, pending
     rows = _rows(x)
     live = _live_ranks(E)
     kept, bits = (None, None) if mask is None else (mask.kept, mask.bits)
     with _without_autocast(x.device):
-        passed, token, h = _call(_Project, rows, A, E, pending.c, kept, bits, live, in_place)
+        passed, token, h = apply(_Project, rows, A, E, pending.c, kept, bits, live, in_place)
     if grad and x.requires_grad:
         x = passed if x.dim() == 2 else passed.reshape(x.shape)
     return x, pending._replace(x=rows, h=h, token=token, live=live)
@@ -141,8 +144,6 @@ def _begin(
 def _finish(base: Tensor, pending: _Pending) -> Tensor:
     """`base` (..., out) plus the update, (..., out) or (n, out): new, or `base` if that may be written."""
     _, A, E, B, c, mask, in_place, h, token, live = pending
-    if A.shape[0] == 0:
-        return base
     with _without_autocast(base.device):
         if h is None:
             return _add_few_rows(base, pending)
@@ -150,7 +151,7 @@ def _finish(base: Tensor, pending: _Pending) -> Tensor:
         # A view of what a function returned is not to be written within another.
         in_place = in_place and not rows._is_view()
         bits = None if mask is None else mask.bits
-        y: Tensor = _call(_Update, rows, token, h, B, pending.x, A, E, c, bits, live, in_place)
+        y: Tensor = apply(_Update, rows, token, h, B, pending.x, A, E, c, bits, live, in_place)
         return y
 
 
@@ -160,24 +161,6 @@ def number(t: Tensor, device: torch.device) -> Tensor | float:
     What is done with a float is no operation of torch's: with few rows, each of those counts.
     """
     return t.item() if _at_hand(t) else t.detach().to(device)
-
-
-def is_eager() -> bool:
-    """Whether operations run as they are called: nothing is compiled, no function is transformed."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-
-
-def _call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply`, or `function.forward` without grad mode.
-
-    `apply` of `torch.autograd.Function` first binds default arguments with `inspect.signature`, which
-    takes as long as the rest of it. Here there are none, and outside of transforms it does no more.
-    """
-    if not torch.is_grad_enabled():
-        return function.forward(*arguments)
-    if is_eager():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 class _Project(torch.autograd.Function):

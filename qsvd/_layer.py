@@ -14,7 +14,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _python_dispatch, checkpoint
 
 from qsvd._adapters import Adapters
-from qsvd._arithmetic import Adapter, adapted, is_eager, number
+from qsvd._arithmetic import Adapter, adapted, number
+from qsvd._autograd import is_eager
 from qsvd._checks import AdapterSettings, check_extra_keywords, check_new_name
 
 # What a selective checkpoint (torch 2.4) keeps operations' outputs with, for its second forward pass.

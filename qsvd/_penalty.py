@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qsvd._autograd import apply
 from qsvd._gathering import whole
 from qsvd._model import layers_with
-
-# Factors that share a node of the graph: enough that the node costs little.
-_GROUP = 8
 
 
 def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
@@ -33,82 +31,51 @@ def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tenso
     Raises:
         ValueError: if the model has no adapted layer, or none with this adapter.
     """
-    factors = _factors(model, adapter_name)
-    device = factors[0].device
-    distances = [_distances(group).to(device) for group in _groups(factors)]
+    layers = layers_with(model, adapter_name).values()
+    factors = whole([p[adapter_name] for m in layers for p in (m.lora_A, m.lora_B)])
+    return _mean_distance(factors[::2], factors[1::2])
+
+
+def _mean_distance(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """Mean of ||F F^T - I||_F for F (r, n) in rows, and of ||F^T F - I||_F for F (n, r) in columns."""
+    alike: dict[object, list[Tensor]] = {}
+    grams = [_gram(F, False) for F in rows] + [_gram(F, True) for F in columns]
+    for gram in grams:
+        alike.setdefault((gram.shape, gram.dtype, gram.device), []).append(gram)
+    distances = [_distances(torch.stack(some)).to(grams[0].device) for some in alike.values()]
     return torch.cat(distances).mean()
 
 
-def _factors(model: nn.Module, adapter_name: str) -> list[Tensor]:
-    """All A (r, in), and all B transposed, (r, out)."""
-    layers = layers_with(model, adapter_name).values()
-    factors = whole([p[adapter_name] for m in layers for p in (m.lora_A, m.lora_B)])
-    return [f.T if i % 2 else f for i, f in enumerate(factors)]
+def _distances(G: Tensor) -> Tensor:
+    """||G_i - I||_F, (m,), for G (m, r, r)."""
+    identity = torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    distances: Tensor = torch.linalg.vector_norm(G - identity, dim=(1, 2))
+    return distances
 
 
-def _distances(factors: Sequence[Tensor]) -> Tensor:
-    """||F F^T - I||_F of each F (r, n), (len(factors),); all have one rank and device."""
-    with torch.autocast(factors[0].device.type, enabled=False):
-        apply: Any = _Distances.apply
-        distances: Tensor = apply(*factors)[0]
-        return distances
+def _gram(F: Tensor, columns: bool) -> Tensor:
+    """F F^T for F (r, n), or F^T F for F (n, r): (r, r)."""
+    with torch.autocast(F.device.type, enabled=False):
+        gram: Tensor = apply(_Gram, F, columns)
+        return gram
 
 
-class _Distances(torch.autograd.Function):
-    """||D||_F with D = F F^T - I of several F, and all D, which are not to be differentiated.
-
-    D is symmetric, so that the gradient is 2 D F / ||D||: one product of F's size, where autograd
-    makes two of F F^T and adds them.
-    """
+class _Gram(torch.autograd.Function):
+    """The gradient is (dG + dG^T) F: one product of F's size, where autograd makes two and adds them."""
 
     @staticmethod
-    def forward(*factors: Tensor) -> tuple[Tensor, Tensor]:
-        D = _excess(factors)
-        return torch.linalg.vector_norm(D, dim=(1, 2)), D
+    def forward(F: Tensor, columns: bool) -> Tensor:
+        return F.T @ F if columns else F @ F.T
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        distances, D = output
-        ctx.mark_non_differentiable(D)
-        ctx.save_for_backward(distances, D, *inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        F, ctx.columns = inputs
+        ctx.save_for_backward(F)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        distances, D, *factors = ctx.saved_tensors
-        with torch.autocast(D.device.type, enabled=False):
-            if torch.is_grad_enabled():  # a second derivative: D is a function of F again
-                D = _excess(factors)
-                distances = torch.linalg.vector_norm(D, dim=(1, 2))
-            # Where F is orthonormal D is zero, and so is the gradient.
-            scale = 2.0 * dy / distances.clamp(min=torch.finfo(D.dtype).tiny)
-            pushes = D * scale[:, None, None]
-            return tuple(_pushed(F, push) for F, push in zip(factors, pushes, strict=True))
-
-
-def _pushed(F: Tensor, push: Tensor) -> Tensor:
-    """push @ F, push (r, r) being symmetric, laid out as F (r, n) is: a gradient laid out otherwise
-    than its parameter would be copied when it is accumulated."""
-    return push @ F if F.is_contiguous() else (F.T @ push).T
-
-
-def _excess(factors: Sequence[Tensor]) -> Tensor:
-    """F F^T - I of each F (r, n): (len(factors), r, r)."""
-    gram = torch.stack([F @ F.T for F in factors])
-    return gram - torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-
-
-def _groups(factors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive factors of one rank and device, not many: their gradients exist all at once."""
-    group: list[Tensor] = []
-    for factor in factors:
-        if group and (
-            len(group) == _GROUP
-            or len(factor) != len(group[0])
-            or factor.device != group[0].device
-            or factor.dtype != group[0].dtype
-        ):
-            yield group
-            group = []
-        group.append(factor)
-    if group:
-        yield group
+    def backward(ctx: Any, dG: Tensor) -> tuple[Tensor, None]:
+        (F,) = ctx.saved_tensors
+        push = dG + dG.T
+        with torch.autocast(F.device.type, enabled=False):
+            dF = F @ push if ctx.columns else push @ F
+        return dF, None

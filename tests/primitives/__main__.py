@@ -1,6 +1,6 @@
-"""`python -m tests.primitives`: the measurements that decided how the layers compute.
+"""`python -m tests.primitives [name ...]`: the measurements that decided how the layers compute.
 
-They are written to docs/performance/primitives.json.
+All, or those that are named. They are written to docs/performance/primitives.json.
 
 Each is one question with its alternatives, in turns, on one thread and the processor's own clock: what
 docs/performance/tried.toml tells of is what came of them.
@@ -24,6 +24,7 @@ from conformance.benchmarks.timing import calls_for, interleaved, median
 from qsvd import _dropout, _products
 from qsvd._arithmetic import Adapter, adapted
 from qsvd._importance import update_averages
+from qsvd._penalty import _mean_distance
 
 TARGET = Path(__file__).parents[2] / "docs" / "performance" / "primitives.json"
 CPU = torch.device("cpu")
@@ -109,6 +110,34 @@ def averaging() -> Alternatives:
     return {
         "streams alone": streams,
         "in place": lambda: update_averages(w, g, mean, unc, 0.85, 0.85),
+        "as PEFT": as_peft,
+    }
+
+
+def penalising() -> Alternatives:
+    """The orthogonal penalty of 30 A and 30 B, forward and backward, onto gradients that are there."""
+    rows = [torch.randn(12, 4096, requires_grad=True) for _ in range(30)]
+    columns = [torch.randn(4096, 12, requires_grad=True) for _ in range(30)]
+    for factor in rows + columns:
+        factor.grad = torch.zeros_like(factor)
+    push = torch.zeros(12, 12)
+
+    def products() -> None:
+        with torch.no_grad():
+            for A, B in zip(rows, columns, strict=True):
+                A @ A.T, B.T @ B
+            for A, B in zip(rows, columns, strict=True):
+                A.grad.add_(push @ A)  # type: ignore[union-attr]
+                B.grad.add_(B @ push)  # type: ignore[union-attr]
+
+    def as_peft() -> None:
+        grams = [G for A, B in zip(rows, columns, strict=True) for G in (A @ A.T, B.T @ B)]
+        total = sum(torch.norm(G - torch.eye(12, out=torch.empty_like(G)), p="fro") for G in grams)
+        (total / len(grams)).backward()  # type: ignore[union-attr]
+
+    return {
+        "products alone": products,
+        "one product back": lambda: _mean_distance(rows, columns).backward(),  # type: ignore[no-untyped-call]
         "as PEFT": as_peft,
     }
 
@@ -239,6 +268,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "adding_bf16": lambda: adding(torch.bfloat16),
     "applying": applying,
     "averaging": averaging,
+    "penalising": penalising,
     "one_row": lambda: few_rows(1),
     "sixteen_rows": lambda: few_rows(16),
     "many_rows": lambda: few_rows(N),
@@ -252,7 +282,9 @@ EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
 
 def main() -> int:
     torch.set_num_threads(1)
-    found = {name: milliseconds(make()) for name, make in EXPERIMENTS.items()}
+    found = json.loads(TARGET.read_text(encoding="utf-8"))
+    for name in sys.argv[1:] or EXPERIMENTS:
+        found[name] = milliseconds(EXPERIMENTS[name]())
     found["accuracy"] = accuracy()
     TARGET.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(TARGET)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from qsvd._importance import all_finite
-from qsvd._penalty import _distances, _groups
+from qsvd._penalty import _mean_distance
 
 
 def _distance(factor):
-    return _distances([factor])[0]
+    return _mean_distance([factor], [])
 
 
 SHAPES = [(1, 1), (1, 5), (3, 5), (5, 3), (0, 4)]
@@ -44,12 +44,14 @@ def test_an_orthonormal_factor_is_pushed_nowhere():
     assert torch.equal(factor.grad, torch.zeros(3, 5))
 
 
-def test_the_gradient_of_a_transposed_factor_is_laid_out_as_the_parameter_is():
+def test_columns_have_the_gradient_of_rows_laid_out_as_the_parameter_is():
     B = torch.randn(5, 3, requires_grad=True)
-    (got,) = torch.autograd.grad(_distance(B.T), B)
-    alike = B.T.detach().contiguous().requires_grad_(True)
-    (want,) = torch.autograd.grad(_distance(alike), alike)
+    distance = _mean_distance([], [B])
+    (got,) = torch.autograd.grad(distance, B)
+    rows = B.T.detach().contiguous().requires_grad_(True)
+    (want,) = torch.autograd.grad(_distance(rows), rows)
 
+    torch.testing.assert_close(distance, _distance(rows))
     assert got.is_contiguous()
     torch.testing.assert_close(got, want.T)
 
@@ -72,10 +74,14 @@ def test_finite_numbers_are_finite_even_if_their_sum_is_not():
     assert not all_finite([torch.tensor([float("inf"), -float("inf")])])
 
 
-def test_groups_hold_consecutive_factors_of_one_rank():
-    ranks = [3] * 10 + [2] + [3, 3]
-    factors = [torch.empty(r, 5) for r in ranks]
-    groups = list(_groups(factors))
+def test_every_factor_counts_once_whatever_its_rank():
+    rows = [torch.randn(r, 5, dtype=torch.float64, requires_grad=True) for r in (3, 2, 3, 0)]
+    columns = [torch.randn(4, r, dtype=torch.float64, requires_grad=True) for r in (3, 2, 3, 0)]
+    grams = [F @ F.T for F in rows] + [F.T @ F for F in columns]
+    plain = sum(torch.linalg.matrix_norm(G - torch.eye(len(G)).double()) for G in grams) / 8
+    found = _mean_distance(rows, columns)
 
-    assert [id(f) for group in groups for f in group] == [id(f) for f in factors]
-    assert [[len(f) for f in group] for group in groups] == [[3] * 8, [3] * 2, [2], [3] * 2]
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, rows + columns), torch.autograd.grad(plain, rows + columns)
+    )
