@@ -64,8 +64,9 @@ class Adapter(NamedTuple):
 class _Pending(NamedTuple):
     """An update that waits for the base layer's output.
 
-    h: (n, rank), x @ Q.T of the ranks that are computed; None where few rows leave it for later.
+    h: (n, rank), x @ Q.T of the ranks that are computed.
     token: (n, rank), what h is in the graph of the backward pass. It has no values.
+    bits: dropout's mask, None if all of x is kept.
     live: the ranks that are computed, None for all.
     """
 
@@ -74,18 +75,17 @@ class _Pending(NamedTuple):
     E: Tensor
     B: Tensor
     c: Tensor | float
-    mask: Mask | None
-    in_place: bool
-    h: Tensor | None = None
-    token: Tensor | None = None
-    live: Tensor | None = None
+    h: Tensor
+    token: Tensor
+    bits: Tensor | None
+    live: Tensor | None
 
 
 def adapted(
     call_base: Callable[[Tensor], Tensor],
     x: Tensor,
     adapters: Iterable[Adapter],
-    private: bool,
+    is_private: Callable[[], bool],
     drop: Callable[[nn.Module, Tensor], tuple[Tensor, Mask | None]] = drop,
 ) -> Tensor:
     """The base layer's output plus the updates of some adapters.
@@ -94,27 +94,35 @@ def adapted(
         call_base: the base layer.
         x: (..., in), any floating dtype.
         adapters: in the order in which they are added.
-        private: whether nobody else sees how the base layer is called, what it returns and the
+        is_private: whether nobody else sees how the base layer is called, what it returns and the
             gradient that it returns for its input. Then both are written, and x is given as a matrix.
         drop: what an adapter's dropout makes of x.
 
     Returns:
         (..., out), in the dtype that the base layer returns.
     """
+    adapters = [adapter for adapter in adapters if adapter.A.shape[0] > 0]
+    if few_rows(x) and not _in_autocast(
+        x.device
+    ):  # autocast would round what ordinary operations do
+        dropped = [(adapter, *drop(adapter.dropout, x)) for adapter in adapters]
+        y = call_base(x)
+        for adapter, x_a, mask in dropped:
+            y = _add_few_rows(y, adapter, x_a, mask)
+        return y
     shape = x.shape
-    if private and not few_rows(x):
+    private = is_private()
+    if private:
         x = _rows(x)
     pending = []
     for adapter in adapters:
-        if adapter.A.shape[0] == 0:
-            continue
         x_a, mask = drop(adapter.dropout, x)
         passed, update = _begin(x_a, adapter, mask, private)
         x = passed if x_a is x else x
         pending.append(update)
     y = call_base(x)
     for update in pending:
-        y = _finish(y, update)
+        y = _finish(y, update, private)
     # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
     return y if y.dim() == len(shape) else y.reshape(*shape[:-1], y.shape[-1])
 
@@ -123,36 +131,33 @@ def _begin(
     x: Tensor, adapter: Adapter, mask: Mask | None, in_place: bool
 ) -> tuple[Tensor, _Pending]:
     """What to call the base layer with, x's values, and what is to be finished."""
-    A, E, B = adapter.A, adapter.E, adapter.B
-    scaling = adapter.scaling if mask is None else adapter.scaling / (1.0 - mask.p)
-    pending = _Pending(x, A, E, B, scaling / (adapter.ranknum + 1e-5), mask, in_place)
-    grad = torch.is_grad_enabled()
-    # Ordinary operations would be cast in a backward pass that is run within autocast.
-    few = few_rows(x) and not (grad and _in_autocast(x.device))
-    if few:
-        return x, pending
+    _, A, E, B, *_ = adapter
+    c = _factor(adapter, mask)
     rows = _rows(x)
     live = _live_ranks(E)
     kept, bits = (None, None) if mask is None else (mask.kept, mask.bits)
     with _without_autocast(x.device):
-        passed, token, h = apply(_Project, rows, A, E, pending.c, kept, bits, live, in_place)
-    if grad and x.requires_grad:
+        passed, token, h = apply(_Project, rows, A, E, c, kept, bits, live, in_place)
+    if torch.is_grad_enabled() and x.requires_grad:
         x = passed if x.dim() == 2 else passed.reshape(x.shape)
-    return x, pending._replace(x=rows, h=h, token=token, live=live)
+    return x, _Pending(rows, A, E, B, c, h, token, bits, live)
 
 
-def _finish(base: Tensor, pending: _Pending) -> Tensor:
-    """`base` (..., out) plus the update, (..., out) or (n, out): new, or `base` if that may be written."""
-    _, A, E, B, c, mask, in_place, h, token, live = pending
+def _finish(base: Tensor, pending: _Pending, in_place: bool) -> Tensor:
+    """`base` (..., out) plus the update, (n, out): new, or `base` if that may be written."""
+    x, A, E, B, c, h, token, bits, live = pending
     with _without_autocast(base.device):
-        if h is None:
-            return _add_few_rows(base, pending)
         rows = _rows(base)
         # A view of what a function returned is not to be written within another.
         in_place = in_place and not rows._is_view()
-        bits = None if mask is None else mask.bits
-        y: Tensor = apply(_Update, rows, token, h, B, pending.x, A, E, c, bits, live, in_place)
+        y: Tensor = apply(_Update, rows, token, h, B, x, A, E, c, bits, live, in_place)
         return y
+
+
+def _factor(adapter: Adapter, mask: Mask | None) -> Tensor | float:
+    """c, and dropout's 1 / (1 - p)."""
+    scaling = adapter.scaling if mask is None else adapter.scaling / (1.0 - mask.p)
+    return scaling / (adapter.ranknum + 1e-5)
 
 
 def number(t: Tensor, device: torch.device) -> Tensor | float:
@@ -294,9 +299,10 @@ def _hidden(x: Tensor, A: Tensor, E: Tensor, c: Tensor | float, live: Tensor | N
     return shrink(x, A * (E * c))
 
 
-def _add_few_rows(base: Tensor, pending: _Pending) -> Tensor:
+def _add_few_rows(base: Tensor, adapter: Adapter, x: Tensor, mask: Mask | None) -> Tensor:
     """y (..., out) of few rows: in as few operations as can be, each of which is left to torch."""
-    x, A, E, B, c, mask, *_ = pending
+    _, A, E, B, *_ = adapter
+    c = _factor(adapter, mask)
     if isinstance(c, Tensor):
         E, c = E * c, 1.0
     x = x if x.dtype == A.dtype else x.to(A.dtype)
@@ -339,7 +345,7 @@ def _live_ranks(E: Tensor) -> Tensor | None:
 
 def _at_hand(t: Tensor) -> bool:
     """Whether values can be looked at: a GPU would have to be waited for, a compiler sees none."""
-    return t.device.type == "cpu" and is_eager() and type(t) in (Tensor, nn.Parameter)
+    return t.is_cpu and type(t) in (Tensor, nn.Parameter) and is_eager()
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ class SVDLinear4bit(SVDLayer):
         if _packed_state(state):
             raise RuntimeError(f"After it was wrapped, the Linear4bit base layer {_REPACKED}.")
         _switch_off_repacking(base)  # somebody may have switched it on again
+        if base.bias is None:
+            y: Tensor = base(x, *args, **kwargs)
+            return y
         # `Linear4bit.forward` casts x and the bias to this dtype.
         latches = not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16)
         dtype = x.dtype if latches else base.compute_dtype or x.dtype
@@ -166,7 +169,8 @@ def _is_repacked(base: nn.Module) -> bool:
 
 
 def _packed_state(quant_state: Any) -> bool:
-    return bool(getattr(quant_state, "packing_format_for_cpu", False))
+    # Not by `getattr`: `QuantState` has a `__getattr__` of its own, which takes longer than all else.
+    return quant_state is not None and bool(vars(quant_state).get("packing_format_for_cpu"))
 
 
 def _switch_off_repacking(base: Any) -> None:

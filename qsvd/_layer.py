@@ -108,8 +108,12 @@ class SVDLayer(Adapters):
             B, ranknum = getattr(self.lora_B, name), getattr(self.ranknum, name)
             scaling, dropout = self.scaling[name], self.lora_dropout[name]
             adapters.append(Adapter(dropout, A, E, B, scaling, number(ranknum, E.device)))
-        private = self.is_private(self.base_layer)
-        return adapted(lambda x: self.call_base(x, *args, **kwargs), x, adapters, private)
+        return adapted(
+            lambda x: self.call_base(x, *args, **kwargs),
+            x,
+            adapters,
+            lambda: self.is_private(self.base_layer),
+        )
 
     @classmethod
     def is_private(cls, base_layer: nn.Module) -> bool:

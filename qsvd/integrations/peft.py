@@ -38,12 +38,11 @@ class _Accelerated:
             ranknum = self.ranknum[name].detach().float()
             dropout, scaling = self.lora_dropout[name], self.scaling[name]
             adapters.append(Adapter(dropout, A, E, B, scaling, ranknum))
-        private = self.arithmetic.is_private(self.base_layer)
         return adapted(
             lambda x: self.arithmetic.call_base(self, x, *args, **kwargs),
             x,
             adapters,
-            private,
+            lambda: self.arithmetic.is_private(self.base_layer),
             drop=lambda dropout, x: (dropout(x), None),  # PEFT's random numbers
         )
 

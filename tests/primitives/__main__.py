@@ -64,7 +64,10 @@ def few_rows(n: int) -> Alternatives:
         def run() -> None:
             with mock.patch.object(_products, "_FEW_ROWS", most):
                 y = adapted(
-                    lambda x: base, x.detach().requires_grad_(True), adapters, private=False
+                    lambda x: base,
+                    x.detach().requires_grad_(True),
+                    adapters,
+                    is_private=lambda: False,
                 )
                 y.backward(dy)
                 A.grad = E.grad = B.grad = None
@@ -235,7 +238,7 @@ def plain_operations() -> Alternatives:
         "folded, gradients of A in fp32": step(widened),
         "folded, bf16 products": step(folded),
         "two functions, bf16 products": step(
-            lambda b, x: adapted(lambda x: b, x, adapters, private=False)
+            lambda b, x: adapted(lambda x: b, x, adapters, is_private=lambda: False)
         ),
     }
 

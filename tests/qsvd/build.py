@@ -146,7 +146,7 @@ def updated(
     """`base(x)`, or a `base` that is there already, plus the update of an adapter with ranknum 1."""
     adapter = Adapter(nn.Identity(), A, E, B, c, 1.0 - 1e-5)
     call_base = base if callable(base) else lambda x: base
-    return adapted(call_base, x, [adapter], private, drop=lambda dropout, x: (x, mask))
+    return adapted(call_base, x, [adapter], lambda: private, drop=lambda dropout, x: (x, mask))
 
 
 def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:
