@@ -6,7 +6,6 @@ of rank 12. Blocks share the quantised weights, one for each shape, which no all
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from conformance.benchmarks.contestants import (
     make_base,
     of_peft,
     of_port,
+    twin,
 )
 from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.limit import Rates
@@ -186,21 +186,13 @@ def _model(
     model.layers = nn.ModuleList()
     for _ in range(blocks):
         block = nn.ModuleList(
-            layers.build(_twin(bases[shape]), _scenario(shape)) for shape in shapes
+            layers.build(twin(bases[shape]), _scenario(shape)) for shape in shapes
         )
         model.layers.append(block)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return model
-
-
-def _twin(base: nn.Module) -> nn.Module:
-    """A layer of its own with the other's very weight."""
-    twin = copy.copy(base)
-    for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(base.__dict__[name])
-    return twin
 
 
 def _base(shape: tuple[int, int], device: torch.device) -> nn.Module:

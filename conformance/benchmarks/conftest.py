@@ -24,7 +24,8 @@ from conformance.benchmarks.grid import GRIDS, Scenario, narrowed
 from conformance.benchmarks.limit import Rates
 from conformance.benchmarks.machine import description
 from conformance.benchmarks.measuring import Measured, Patience, measure
-from conformance.benchmarks.results import AllocatorRecord, Results, read_results
+from conformance.benchmarks.results import AllocatorRecord, Results, StackRecord, read_results
+from conformance.benchmarks.stacks import BETWEEN, measure_stack
 from conformance.benchmarks.table import render
 from conformance.benchmarks.timing import CLOCKS
 from conformance.devices import resolve_device
@@ -65,6 +66,12 @@ class Bench:
             )
             self.keep(replace(self.results, allocators=(self.allocated[0],)))
         return self.allocated
+
+    def measure_stack(self, between: str) -> StackRecord:
+        """All contestants' stacks."""
+        record = measure_stack(between, self.contestants, self.rates.device)
+        self.keep(self.results.with_stack(record))
+        return record
 
     def is_port(self, contestant: str) -> bool:
         return any(c.name == contestant and c.role == "port" for c in self.contestants)
@@ -203,6 +210,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for c in bench.contestants
         ]
         metafunc.parametrize(("scenario", "contestant"), turns)
+    if "between" in metafunc.fixturenames:
+        metafunc.parametrize("between", list(BETWEEN))
     if "allocator" in metafunc.fixturenames:
         asked = [
             pytest.param(part, a.name, id=f"{part}-{a.name}", marks=_marks(f"allocators: {part}"))
@@ -229,7 +238,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     results = config.stash[BENCH].results
-    if not (results.layers or results.allocators):
+    if not (results.layers or results.allocators or results.stacks):
         return
     terminal = terminalreporter._tw
     terminalreporter.write_line("")

@@ -112,6 +112,14 @@ def make_base(scenario: Scenario, device: torch.device) -> nn.Module:
     return moved
 
 
+def twin(base: nn.Module) -> nn.Module:
+    """A layer of its own with the other's very weight."""
+    found = copy.copy(base)
+    for name in ("_parameters", "_buffers", "_modules"):
+        found.__dict__[name] = dict(base.__dict__[name])
+    return found
+
+
 def build(contestant: Contestant, base: nn.Module, scenario: Scenario) -> nn.Module:
     """The contestant's layer over a copy of the base layer: nobody meets another's traces."""
     layer = contestant.build(copy.deepcopy(base), scenario)

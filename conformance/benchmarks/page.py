@@ -13,7 +13,7 @@ from conformance.benchmarks.picture import picture
 from conformance.benchmarks.results import AllocatorRecord, Entry, Record, Results, read_results
 from conformance.benchmarks.stages import KINDS
 from conformance.benchmarks.table import ratio
-from conformance.benchmarks.targets import ALLOCATOR_TARGETS, TARGETS, reached
+from conformance.benchmarks.targets import ALLOCATOR_TARGETS, STACK_TARGET, TARGETS, reached
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,6 +57,11 @@ caches do to the base layer's own operations; the overhead is a difference of tw
 column has the noise of both. The last column is the ratio that a layer would reach if its products were all
 that took time, as torch multiplies here: less is out of reach of any order of torch's operations.
 """
+_STACKS = """The most that torch's allocator holds at once in a step of training, over what was there before;
+gradients of parameters were. A frozen layer keeps nothing of its input, and who trains A must: it costs
+nothing where somebody else keeps that very tensor, as ReLU keeps its output and attention its operands.
+GELU keeps its input, and with nothing in between no one keeps anything.
+"""
 _CUDA = """## CUDA
 
 No GPU was to be had: what is expected is derived, and the columns for what is measured are empty. The
@@ -69,7 +74,7 @@ of 32 layers whose activations take at most 5 % more than the bare base stack's.
 """
 
 # Headings of columns that hold text.
-_TEXT = ("target", "scenario", "layer", "allocator", "furthest off in")
+_TEXT = ("target", "scenario", "stack", "between", "layer", "allocator", "furthest off in")
 
 
 def write(folder: Path) -> list[Path]:
@@ -118,6 +123,9 @@ def render(
         _rates(results),
         _STAGES,
         _stages(results),
+        "## Stacks of layers\n" if results.stacks else "",
+        _STACKS if results.stacks else "",
+        _stacks(results) if results.stacks else "",
         "## Rank allocator\n",
         *(_allocators(record) for record in results.allocators),
         _CUDA.format(**cuda["rates"]) + "\n" + _cuda(cuda) if cuda else "",
@@ -168,6 +176,10 @@ def _targets(results: Results) -> str:
         (t.sentence, t.most, [(r.value, r.scenario.id) for r in found if r.target is t])
         for t in TARGETS
     ]
+    sentence, most, between = STACK_TARGET
+    stacks = [e for r in results.stacks if r.between == between for e in r.entries]
+    held = [(e.peak_over["base"], "") for e in stacks if e.role == "port" and "base" in e.peak_over]
+    asked.append((sentence, most, held))
     entries = [e for record in results.allocators for e in record.entries]
     for sentence, most, attribute in ALLOCATOR_TARGETS:
         over = [getattr(e, attribute) for e in entries if e.role == "port"]
@@ -280,6 +292,18 @@ def _stages(results: Results) -> str:
         "left",
         "bare products / AdaLoRA's overhead",
     )
+    return table(headings, rows)
+
+
+def _stacks(results: Results) -> str:
+    rows = []
+    for record in results.stacks:
+        first = (f"{record.layers} x `{record.scenario.id}`", record.between)
+        for e in record.entries:
+            over = (f"{e.peak_over[o]:.3f}" if o in e.peak_over else "" for o in ("base", ADALORA))
+            rows.append([*first, e.contestant, f"{e.peak_bytes / 1e6:.1f}", *over])
+            first = ("", "")
+    headings = ("stack", "between", "layer", "peak, MB", "/ base layers'", "/ PEFT AdaLoRA's")
     return table(headings, rows)
 
 

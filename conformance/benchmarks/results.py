@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from conformance.benchmarks.grid import Scenario
 
-VERSION = "1.0"
+VERSION = "1.1"
 SCHEMA_PATH = Path(__file__).parents[1] / "schemas" / "benchmarks.schema.json"
 Role = Literal["base", "port", "adalora", "lora"]
 
@@ -119,6 +119,28 @@ class AllocatorRecord:
 
 
 @dataclass(frozen=True)
+class StackEntry:
+    """One stack: the most bytes held at once in a step, over those before it, and over another's."""
+
+    contestant: str
+    role: Role
+    version: str
+    peak_bytes: int
+    peak_over: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StackRecord:
+    """Stacks of so many layers, each as the scenario says, with the same function between them."""
+
+    scenario: Scenario
+    layers: int
+    between: str
+    entries: tuple[StackEntry, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Results:
     """A run: where it was, what the machine reaches, and all that was measured."""
 
@@ -126,11 +148,17 @@ class Results:
     rates: Mapping[str, Mapping[str, float]]
     layers: tuple[Record, ...] = ()
     allocators: tuple[AllocatorRecord, ...] = ()
+    stacks: tuple[StackRecord, ...] = ()
 
     def with_layer(self, record: Record) -> Results:
         """With a record, in the place of one of the same scenario if there is one."""
         others = tuple(r for r in self.layers if r.scenario != record.scenario)
         return replace(self, layers=(*others, record))
+
+    def with_stack(self, record: StackRecord) -> Results:
+        """With a record, in the place of one with the same between its layers if there is one."""
+        others = tuple(r for r in self.stacks if r.between != record.between)
+        return replace(self, stacks=(*others, record))
 
     def to_json(self) -> dict[str, Any]:
         return {"report_version": VERSION, **_rounded(asdict(self))}
@@ -163,6 +191,7 @@ def read_results(path: Path) -> Results:
         rates=data["rates"],
         layers=tuple(_record(r) for r in data["layers"]),
         allocators=tuple(_allocators(r) for r in data["allocators"]),
+        stacks=tuple(_stack(r) for r in data["stacks"]),
     )
 
 
@@ -182,6 +211,11 @@ def _allocators(data: dict[str, Any]) -> AllocatorRecord:
     entries: Sequence[AllocatorEntry] = [AllocatorEntry(**e) for e in data["entries"]]
     shapes = tuple(tuple(s) for s in data["shapes"])
     return AllocatorRecord(**{**data, "entries": tuple(entries), "shapes": shapes})
+
+
+def _stack(data: dict[str, Any]) -> StackRecord:
+    entries = tuple(StackEntry(**e) for e in data["entries"])
+    return StackRecord(**{**data, "scenario": Scenario(**data["scenario"]), "entries": entries})
 
 
 def _rounded(value: Any) -> Any:

@@ -17,7 +17,11 @@ def render(results: Results, *, width: int, colour: bool) -> str:
     """Both tables, and what was left out, as text for a terminal of `width` columns."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=colour, no_color=not colour, highlight=False)
-    tables = [t for t in (_layers(results), _targets(results), _allocators(results)) if t.row_count]
+    tables = [
+        t
+        for t in (_layers(results), _targets(results), _stacks(results), _allocators(results))
+        if t.row_count
+    ]
     for table in tables:
         # A narrow terminal wraps lines; it does not lose figures.
         console.width = max(width, _natural_width(table))
@@ -90,6 +94,25 @@ def _targets(results: Results) -> Table:
             )
             mark = "[green]yes[/]" if met == len(values) else f"[red]{met} of {len(values)}[/]"
             table.add_row(target.sentence, f"{target.most:g}", escape(port), spread, mark)
+    return table
+
+
+def _stacks(results: Results) -> Table:
+    table = Table(title="Stacks of layers: peak memory of a step", title_justify="left")
+    for heading in ("layers", "between", "layer"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("peak MB", "/ base", "/ AdaLoRA"):
+        table.add_column(heading, justify="right")
+    for record in results.stacks:
+        table.add_section()
+        for number, e in enumerate(record.entries):
+            first = (f"{record.layers} x {record.scenario.id}", record.between)
+            table.add_row(
+                *(first if number == 0 else ("", "")),
+                escape(e.contestant),
+                f"{e.peak_bytes / 1e6:.1f}",
+                *(f"{e.peak_over[o]:.3f}" if o in e.peak_over else "" for o in ("base", ADALORA)),
+            )
     return table
 
 

@@ -144,6 +144,13 @@ def reached(results: Results) -> list[Reached]:
     return found
 
 
+# Of a port's stack over the bare base layers', where their inputs are kept anyway.
+STACK_TARGET = (
+    "stack of 32 layers with ReLU between: peak memory over the base layers'",
+    1.05,
+    "ReLU",
+)
+
 # Of a port's allocator over PEFT's: the sentence, the most, and the field that has it.
 ALLOCATOR_TARGETS = (
     ("rank allocator: importance and masking, time over PEFT's", 0.35, "allocating_step_over"),

@@ -342,7 +342,7 @@ def test_results_survive_their_file_and_have_the_published_form(tmp_path: Path) 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"report_version": "0.1"}')
-    with pytest.raises(ValueError, match=r"report_version '0.1'; this reads 1.0"):
+    with pytest.raises(ValueError, match=r"report_version '0.1'; this reads 1.1"):
         read_results(tmp_path / "r.json")
 
 

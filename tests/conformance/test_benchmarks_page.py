@@ -21,6 +21,8 @@ from conformance.benchmarks.results import (
     Entry,
     Record,
     Results,
+    StackEntry,
+    StackRecord,
     Stage,
 )
 from conformance.benchmarks.stages import KINDS, Trace, stages, traced
@@ -111,12 +113,14 @@ def made_up(bf16: Scenario) -> Results:
         return Entry(name, role, "0", seconds, (1, 2), seconds, {}, 10, 10**6, 0.5, kept)  # type: ignore[arg-type]
 
     entries = (entry("base", "base", 1.0), entry("mine <1>", "port", 1.5))
+    stack = StackEntry("mine", "port", "0", 3 * 10**6, {"base": 1.5})
     allocator = AllocatorEntry("mine", "port", "0", 1.0, 2.0, 3.0, 4, {}, {}, {}, {})
     return Results(
         SETTINGS,
         {"bandwidth": {str(2**20): 1e9}, "matmul": {"bfloat16": 1e12}},
         (Record(bf16, 3, 1, 10, 10, 0.25, entries, {"other": "not provided"}),),
         (AllocatorRecord(224, 12, ((4, 4),), 3, (allocator,)),),
+        (StackRecord(bf16, 32, "ReLU", (stack,)),),
     )
 
 
@@ -128,6 +132,8 @@ def test_without_peft_and_cuda_the_page_is_whole_all_the_same() -> None:
     assert "not measured" in text
     assert "| an idea | half | double, 1.5 | no |" in text
     assert "1.0 GB/s over 1 MiB" in text
+    assert "| 32 x `4bit-bf16-512x1024x1024-r8-step` | ReLU | mine | 3.0 | 1.500 |  |" in text
+    assert "peak memory over the base layers' | 1.05 | 1.5 | 0 of 1 |" in text
     assert "| mine | 1000 | 2000 | 3000 | 0 |" in text
 
 
