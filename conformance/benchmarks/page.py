@@ -89,10 +89,12 @@ def write(folder: Path) -> list[Path]:
     """
     results = read_results(folder / "performance" / "results.json")
     tried = tomllib.loads((folder / "performance" / "tried.toml").read_text(encoding="utf-8"))
+    wall = folder / "performance" / "results-wall.json"
     cuda = _if_there(folder / "performance" / "cuda.json")
     primitives = _if_there(folder / "performance" / "primitives.json") or {}
     page, image = folder / "performance.md", folder / "performance" / "overhead.svg"
-    page.write_text(render(results, tried, cuda, primitives), encoding="utf-8")
+    on_wall = read_results(wall) if wall.exists() else None
+    page.write_text(render(results, tried, cuda, primitives, on_wall), encoding="utf-8")
     image.write_text(picture(results), encoding="utf-8")
     return [page, image]
 
@@ -102,6 +104,7 @@ def render(
     tried: Mapping[str, Any],
     cuda: Mapping[str, Any] | None,
     primitives: Mapping[str, Mapping[str, float]],
+    on_wall: Results | None = None,
 ) -> str:
     """The page's text.
 
@@ -110,6 +113,7 @@ def render(
         tried: tried.toml.
         cuda: what `tests.traffic` derived, if it did.
         primitives: figures of `tests.primitives`, which the ideas' results quote by name.
+        on_wall: of another run, of which the targets are shown: on all threads, by the wall clock.
     """
     parts = [
         _HEAD,
@@ -117,6 +121,7 @@ def render(
         _PICTURE,
         "## Targets\n",
         _targets(results),
+        *(("### On all threads\n", _setting(on_wall), _targets(on_wall)) if on_wall else ()),
         "## Layers\n",
         _layers(results),
         _LIMIT,

@@ -137,6 +137,18 @@ def test_without_peft_and_cuda_the_page_is_whole_all_the_same() -> None:
     assert "| mine | 1000 | 2000 | 3000 | 0 |" in text
 
 
+def test_the_targets_of_another_run_are_shown_beside() -> None:
+    results = made_up(Scenario())
+    other = replace(results, settings={**SETTINGS, "threads": 2, "clock": "wall"}, stacks=())
+    text = render(results, TRIED, None, {"small": {"one": 1.5}}, other)
+    one, both = text[: text.index("## Layers")].split("### On all threads")
+
+    assert "1 thread" in one
+    assert "2 threads; wall clock" in both
+    assert "over the base layers' | 1.05 | 1.5 | 0 of 1 |" in one
+    assert "over the base layers' | 1.05 |  | not measured |" in both
+
+
 def test_it_says_what_the_products_alone_would_come_to() -> None:
     results = made_up(Scenario())
     record = results.layers[0]
