@@ -102,9 +102,8 @@ def adapted(
         (..., out), in the dtype that the base layer returns.
     """
     adapters = [adapter for adapter in adapters if adapter.A.shape[0] > 0]
-    if few_rows(x) and not _in_autocast(
-        x.device
-    ):  # autocast would round what ordinary operations do
+    # Autocast would round what ordinary operations do.
+    if few_rows(x) and not _in_autocast(x.device):
         dropped = [(adapter, *drop(adapter.dropout, x)) for adapter in adapters]
         y = call_base(x)
         for adapter, x_a, mask in dropped:

@@ -39,7 +39,8 @@ def orthogonal_penalty(model: nn.Module, adapter_name: str = "default") -> Tenso
 def _mean_distance(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
     """Mean of ||F F^T - I||_F for F (r, n) in rows, and of ||F^T F - I||_F for F (n, r) in columns."""
     alike: dict[object, list[Tensor]] = {}
-    grams = [_gram(F, False) for F in rows] + [_gram(F, True) for F in columns]
+    with torch.autocast((*rows, *columns)[0].device.type, enabled=False):
+        grams = [apply(_Gram, F, False) for F in rows] + [apply(_Gram, F, True) for F in columns]
     for gram in grams:
         alike.setdefault((gram.shape, gram.dtype, gram.device), []).append(gram)
     distances = [_distances(torch.stack(some)).to(grams[0].device) for some in alike.values()]
@@ -53,15 +54,11 @@ def _distances(G: Tensor) -> Tensor:
     return distances
 
 
-def _gram(F: Tensor, columns: bool) -> Tensor:
-    """F F^T for F (r, n), or F^T F for F (n, r): (r, r)."""
-    with torch.autocast(F.device.type, enabled=False):
-        gram: Tensor = apply(_Gram, F, columns)
-        return gram
-
-
 class _Gram(torch.autograd.Function):
-    """The gradient is (dG + dG^T) F: one product of F's size, where autograd makes two and adds them."""
+    """F F^T for F (r, n), or F^T F of columns, F (n, r): (r, r).
+
+    The gradient is (dG + dG^T) F: one product of F's size, where autograd makes two and adds them.
+    """
 
     @staticmethod
     def forward(F: Tensor, columns: bool) -> Tensor:

@@ -28,6 +28,9 @@ from conformance.benchmarks.timing import (
     wait,
 )
 
+# Why a contestant is left out that has no such layer; all other reasons are errors.
+NOT_PROVIDED = "not provided"
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -161,19 +164,24 @@ def _subjects(
     failed = set()
     for contestant in entered:
         if not contestant.provides(scenario):
-            left_out[contestant.name] = "not provided"
+            left_out[contestant.name] = NOT_PROVIDED
             continue
         try:
             layer = build(contestant, base, scenario)
             subject = Subject(layer.to(device), scenario, device)
             subject.step()
         except Exception as error:  # a contestant's error is its own, and is told
-            first = str(error).partition("\n")[0]
-            left_out[contestant.name] = f"{type(error).__name__}: {first}"
+            left_out[contestant.name] = reason(error)
             failed.add(contestant.name)
             continue
         subjects[contestant.name] = subject
     return subjects, left_out, frozenset(failed)
+
+
+def reason(error: Exception) -> str:
+    """Why a contestant is left out, in one line."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def _record(scenario: Scenario, **found: Any) -> Record:

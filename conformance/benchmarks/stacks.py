@@ -15,6 +15,7 @@ from torch import nn
 
 from conformance.benchmarks.contestants import Contestant, make_base, twin
 from conformance.benchmarks.grid import Scenario
+from conformance.benchmarks.measuring import NOT_PROVIDED, reason
 from conformance.benchmarks.memory import peak_bytes
 from conformance.benchmarks.results import StackEntry, StackRecord
 
@@ -56,15 +57,14 @@ def measure_stack(
         warnings.simplefilter("ignore")
         for contestant in entered:
             if not contestant.provides(scenario):
-                left_out[contestant.name] = "not provided"
+                left_out[contestant.name] = NOT_PROVIDED
                 continue
             try:
                 peaks[contestant.name] = _peak(
                     contestant, base, scenario, BETWEEN[between], layers, device
                 )
             except Exception as error:  # a contestant's error is its own, and is told
-                first = str(error).partition("\n")[0]
-                left_out[contestant.name] = f"{type(error).__name__}: {first}"
+                left_out[contestant.name] = reason(error)
     entries = [
         StackEntry(
             contestant=c.name,

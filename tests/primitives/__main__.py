@@ -284,9 +284,12 @@ EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
 
 
 def main() -> int:
+    names = sys.argv[1:] or list(EXPERIMENTS)
+    if unknown := sorted(set(names) - set(EXPERIMENTS)):
+        sys.exit(f"No experiment {', '.join(unknown)}: give some of {', '.join(EXPERIMENTS)}.")
     torch.set_num_threads(1)
     found = json.loads(TARGET.read_text(encoding="utf-8"))
-    for name in sys.argv[1:] or EXPERIMENTS:
+    for name in names:
         found[name] = milliseconds(EXPERIMENTS[name]())
     found["accuracy"] = accuracy()
     TARGET.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
