@@ -19,6 +19,7 @@ from torch import nn
 
 from conformance import oracle
 from conformance.case import Case, as_dtype, as_float64, build_base
+from conformance.devices import seed_generators
 from conformance.trial import Trial, require_plain
 from conformance.values import draw
 from conformance.violation import NotProvided, Violation
@@ -186,7 +187,7 @@ def build_model(
 
     torch's generator is seeded, so that a case is the same wherever it runs.
     """
-    torch.manual_seed(case.seed)
+    seed_generators(case.seed, trial.device)
     layers = []
     for index, ((inner, outer), rank) in enumerate(zip(shapes, ranks, strict=True)):
         own = Case(case.kind, in_features=inner, out_features=outer, seed=case.seed + index)

@@ -22,6 +22,7 @@ from torch import nn
 
 from conformance import oracle
 from conformance.case import Case, Data, as_dtype, as_float64, build_base
+from conformance.devices import seed_generators
 from conformance.margin import Margin, margins
 from conformance.oracle import Bounded
 from conformance.port import Port
@@ -94,7 +95,7 @@ class Trial:
         torch's generator is seeded, so that a case is the same wherever it runs.
         """
         data = draw(case) if data is None else data
-        torch.manual_seed(case.seed)
+        seed_generators(case.seed, self.device)
         if base is None:
             base = build_base(case, data, self.device, repackable=repackable)
         layer = self.construct(

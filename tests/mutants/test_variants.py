@@ -21,11 +21,21 @@ from tests.mutants.variants import VARIANTS
 
 # Not 0: that is the seed of every other run.
 SEED = 1
-# A variant computes otherwise, and is otherwise the honest layer: what is not about numbers is asked of
-# three. The campaign asks all of all.
+# A variant computes its update otherwise, and is otherwise the honest layer: what is not about numbers
+# is asked of three, and what is about them of these over both base layers, of every other variant over
+# one. The campaign asks all of all.
 NUMERICAL = ("FWD", "GRAD", "DTYPE", "DROP", "SCALE")
 THREE = ("the honest layer", "compiled by torch", "qsvd")
 RANK = [clause for clause in clauses() if chapter_of(clause) == "RANK"]
+
+
+def asked(clause: str, kind: Kind) -> Mapping[str, Port]:
+    """The variants that a clause is asked of, over one kind of base layer."""
+    if chapter_of(clause) not in NUMERICAL:
+        return {name: VARIANTS[name] for name in THREE}
+    own = kinds(clause)
+    shares = enumerate(VARIANTS.items())
+    return {n: p for i, (n, p) in shares if n in THREE or own[i % len(own)] == kind}
 
 
 def alarms(clause: str, kind: Kind, ports: Mapping[str, Port]) -> Iterator[str]:
@@ -42,15 +52,20 @@ def alarms(clause: str, kind: Kind, ports: Mapping[str, Port]) -> Iterator[str]:
 
 @pytest.mark.parametrize("clause", [clause for clause in clauses() if clause not in RANK])
 def test_no_variant_is_blamed(clause: str) -> None:
-    numerical = chapter_of(clause) in NUMERICAL
-    asked = VARIANTS if numerical else {name: VARIANTS[name] for name in THREE}
-    assert [said for kind in kinds(clause) for said in alarms(clause, kind, asked)] == []
+    found = [said for kind in kinds(clause) for said in alarms(clause, kind, asked(clause, kind))]
+    assert found == []
 
 
 @pytest.mark.parametrize("clause", RANK)
 def test_no_allocator_is_blamed(clause: str) -> None:
     """Over one kind of layer: what an allocator computes does not depend on what is quantised how."""
     assert list(alarms(clause, "4bit", ALLOCATORS)) == []
+
+
+def test_every_variant_is_asked_everything_about_numbers() -> None:
+    numerical = [clause for clause in clauses() if chapter_of(clause) in NUMERICAL]
+    for clause in numerical:
+        assert {name for kind in kinds(clause) for name in asked(clause, kind)} == set(VARIANTS)
 
 
 def test_a_faulty_port_among_them_is_blamed() -> None:
