@@ -184,7 +184,7 @@ class _Project(torch.autograd.Function):
         live: Tensor | None,
         in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = _hidden(x if kept is None else x * kept.to(x.dtype), A, E, c, live)
+        h = _hidden(x, A, E, c, live, kept)
         return x.view_as(x), h.new_empty(()).expand(x.shape[0], A.shape[0]), h
 
     @staticmethod
@@ -211,26 +211,22 @@ class _Project(torch.autograd.Function):
         live = None if again else ctx.live
         kept = None
         if bits is not None:
-            kept = unpacked(bits, P.shape[0], A.shape[1]).to(ctx.x_dtype)  # n, in
+            kept = unpacked(bits, P.shape[0], A.shape[1])
         dA = dE = None
         with _without_autocast(P.device):
             Ec = E * c  # rank, 1
             if needs_A or needs_E:
                 # rank, in; of all ranks, for dE is not zero
-                dQ = gather(P, x if kept is None else x * kept)
+                dQ = gather(P, x, kept)
                 dA = dQ * Ec if needs_A else None
                 dE = (dQ * A).sum(1, keepdim=True) * c if needs_E else None
             if needs_x:
                 Q = A * Ec  # rank, in
                 if live is not None:
                     P, Q = P[:, live], Q[live]
-                if kept is None:
-                    in_place = ctx.in_place and not again and is_eager()
-                    in_place = in_place and dx is not None and dx.is_contiguous()
-                    dx = expand(P, Q, ctx.x_dtype, dx, in_place)
-                else:
-                    update = expand(P, Q, ctx.x_dtype)
-                    dx = update * kept if dx is None else torch.addcmul(dx, update, kept)
+                in_place = ctx.in_place and not again and is_eager()
+                in_place = in_place and dx is not None and dx.is_contiguous()
+                dx = expand(P, Q, ctx.x_dtype, dx, in_place, kept)
         return dx, dA, dE, *(None,) * 5
 
 
@@ -280,9 +276,8 @@ class _Update(torch.autograd.Function):
                 P = shrink(dy, B.T)  # n, rank
             if needs_B:
                 if h is None or again:
-                    if bits is not None:
-                        x = x * unpacked(bits, *x.shape).to(x.dtype)
-                    h = _hidden(x, A, E, c, live)  # n, live rank
+                    kept = None if bits is None else unpacked(bits, *x.shape)
+                    h = _hidden(x, A, E, c, live, kept)  # n, live rank
                 dBT = gather(h, dy)  # live rank, out
                 if live is not None:
                     dBT = dBT.new_zeros(B.T.shape).index_copy_(0, live, dBT)
@@ -291,11 +286,18 @@ class _Update(torch.autograd.Function):
         return dy if needs_base else None, P, None, dB, *(None,) * 7
 
 
-def _hidden(x: Tensor, A: Tensor, E: Tensor, c: Tensor | float, live: Tensor | None) -> Tensor:
-    """h = x @ Q.T, (n, rank), of the live ranks."""
+def _hidden(
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    c: Tensor | float,
+    live: Tensor | None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """h = (x * kept) @ Q.T, (n, rank), of the live ranks."""
     if live is not None:
         A, E = A[live], E[live]
-    return shrink(x, A * (E * c))
+    return shrink(x, A * (E * c), kept)
 
 
 def _add_few_rows(base: Tensor, adapter: Adapter, x: Tensor, mask: Mask | None) -> Tensor:

@@ -21,7 +21,7 @@ _ONES = 0x0101010101010101
 class Mask(NamedTuple):
     """Which elements of an x of n * k elements to keep, for forward and for backward.
 
-    kept: (n, k), uint8, 0 or 1.
+    kept: (n, k), int8, 0 or 1.
     bits: the same, a byte for eight elements and for the rest.
     p: the chance of a 0.
     """
@@ -55,14 +55,14 @@ def drop(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Mask | None]:
 def draw_mask(p: float, x: Tensor) -> Mask:
     """Which elements of x (..., k) to keep; each is dropped with chance p, 0 < p < 1."""
     kept = _draw(-(-x.numel() // 8) * 8, p, x.device)
-    rows = kept.view(torch.uint8)[: x.numel()].view(-1, x.shape[-1])
+    rows = kept.view(torch.int8)[: x.numel()].view(-1, x.shape[-1])
     return Mask(rows, _packed(kept), p)
 
 
 def unpacked(bits: Tensor, n: int, k: int) -> Tensor:
-    """The mask of an x of n * k elements as 0 and 1: (n, k), uint8."""
+    """The mask of an x of n * k elements as 0 and 1: (n, k), int8."""
     spread = bits.to(torch.int64).mul_(_DIAGONAL).bitwise_right_shift_(7).bitwise_and_(_ONES)
-    return spread.view(torch.uint8)[: n * k].view(n, k)
+    return spread.view(torch.int8)[: n * k].view(n, k)
 
 
 def _packed(kept: Tensor) -> Tensor:

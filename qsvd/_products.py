@@ -6,7 +6,11 @@ each of its rows is scaled by a power of two, and the product comes out in fp32 
 2.8). Elsewhere the data is widened to fp32 some rows at a time, so that no wide copy of it ever exists
 and what follows reads it from the cache. (fp16 products on a CPU are a hundred times slower.)
 
-What is as long as the data is (n, r), a row for each of the data's.
+Where only some elements of fp32 data are kept, they are picked some rows at a time on a CPU, for the
+same reason.
+
+What is as long as the data is (n, r), a row for each of the data's. A mask `kept` of it is (n, k), bytes
+of 0 or 1; the data counts as 0 where it is 0.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from torch import Tensor
 # 1 MiB of fp32: it stays in the cache, and the allocator hands out the same memory for each block.
 # Blocks of 4 MiB are as fast where their memory is at hand, and cost 2000 page faults where not.
 _BLOCK_ELEMENTS = 2**18
+# Rows share the cache with their mask and with what is added to them.
+_MASKED_BLOCK_ELEMENTS = 2**16
 # A half-precision product takes 20 us to begin with, an autograd function 100.
 _FEW_ROWS = 32
 HALF = (torch.bfloat16, torch.float16)
@@ -30,15 +36,16 @@ def few_rows(data: Tensor) -> bool:
     return data.numel() <= _FEW_ROWS * data.shape[-1]
 
 
-def shrink(data: Tensor, S: Tensor) -> Tensor:
-    """`data @ S.T`, (n, k) by (r, k) to (n, r).
+def shrink(data: Tensor, S: Tensor, kept: Tensor | None = None) -> Tensor:
+    """`(data * kept) @ S.T`, (n, k) by (r, k) to (n, r).
 
     S is fp32. Of bf16 data the product is bf16, or fp32 where a device gives that for nothing;
     otherwise it is fp32, or fp64 if either is.
     """
-    if _is_widened(data):
+    if _is_in_blocks(data, S, kept):
         S = S.float()
-        return torch.cat([data[at].float() @ S.T for at in _steps(*data.shape)])
+        return torch.cat([block @ S.T for _, block in _blocks(data, kept)])
+    data = data if kept is None else data * kept
     if data.dtype == torch.float16:
         return _scaled_product(S, data.T).T
     if data.dtype == torch.bfloat16:
@@ -48,12 +55,16 @@ def shrink(data: Tensor, S: Tensor) -> Tensor:
     return data.to(wide) @ S.to(wide).T
 
 
-def gather(P: Tensor, data: Tensor) -> Tensor:
-    """`P.T @ data`, (n, r) by (n, k) to (r, k), in the dtypes of `shrink`, of which P is a result."""
-    if _is_widened(data):
+def gather(P: Tensor, data: Tensor, kept: Tensor | None = None) -> Tensor:
+    """`P.T @ (data * kept)`, (n, r) by (n, k) to (r, k).
+
+    The dtypes are those of `shrink`, of which P is a result.
+    """
+    if _is_in_blocks(data, P, kept):
         P = P.float()
-        parts = [P[at].T @ data[at].float() for at in _steps(*data.shape)]
+        parts = [P[at].T @ block for at, block in _blocks(data, kept)]
         return sum(parts[1:], start=parts[0])
+    data = data if kept is None else data * kept
     # Contiguous: a BLAS takes a fifth longer to read the transpose.
     if data.dtype == torch.float16:
         return _scaled_product(P.T.contiguous(), data)
@@ -70,12 +81,15 @@ def expand(
     dtype: torch.dtype,
     onto: Tensor | None = None,
     in_place: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`P @ R`, plus `onto` if given, (n, r) by (r, k) to (n, k), in `dtype`.
+    """`(P @ R) * kept`, plus `onto` if given, (n, r) by (r, k) to (n, k), in `dtype`.
 
     `onto` has `dtype`, and is written if `in_place`. In fp16 no factor is rounded out of range: where
     the result is finite, so is everything that leads to it.
     """
+    if kept is not None:
+        return _expanded_where_kept(P, R, dtype, onto, in_place, kept)
     if dtype == torch.float16:
         P, R = P.float(), R.float()
         if not _on_cuda(P):
@@ -93,20 +107,48 @@ def _expanded_by_blocks(P: Tensor, R: Tensor, onto: Tensor | None, in_place: boo
     result = P.new_empty(P.shape[0], R.shape[1], dtype=torch.float16)
     if in_place and onto is not None:
         result = onto
-    for at in _steps(*result.shape):
+    for at in _steps(result, _BLOCK_ELEMENTS):
         result[at] = P[at] @ R if onto is None else torch.addmm(onto[at].float(), P[at], R)
     return result
 
 
-def _steps(n: int, width: int) -> Iterator[slice]:
-    """n rows of a matrix of some width in blocks; one empty block for n = 0.
+def _expanded_where_kept(
+    P: Tensor, R: Tensor, dtype: torch.dtype, onto: Tensor | None, in_place: bool, kept: Tensor
+) -> Tensor:
+    if onto is None:
+        return expand(P, R, dtype) * kept
+    if not in_place:
+        return torch.addcmul(onto, expand(P, R, dtype), kept)
+    elements = _MASKED_BLOCK_ELEMENTS if _is_in_blocks(onto, P, kept) else kept.numel()
+    for at in _steps(kept, elements):
+        onto[at].addcmul_(expand(P[at], R, dtype), kept[at])
+    return onto
+
+
+def _is_in_blocks(data: Tensor, factor: Tensor, kept: Tensor | None) -> bool:
+    """Whether data is multiplied some rows at a time, for it is made fp32, or picked, before."""
+    picked = kept is not None and data.dtype == factor.dtype == torch.float32
+    return _is_widened(data) or (picked and not _on_cuda(data))
+
+
+def _blocks(data: Tensor, kept: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of data, and these in fp32, where they are kept."""
+    elements = _BLOCK_ELEMENTS if kept is None else _MASKED_BLOCK_ELEMENTS
+    for at in _steps(data, elements):
+        block = data[at].float()
+        yield at, block if kept is None else block * kept[at]
+
+
+def _steps(data: Tensor, elements: int) -> Iterator[slice]:
+    """The rows of data (n, k) in blocks of so many elements; one empty block for n = 0.
 
     Compiled, it is one block: a loop would fix n, and compile again for each other one.
     """
+    n, width = data.shape
     if torch.compiler.is_compiling():
         yield slice(0, n)
         return
-    step = max(1, _BLOCK_ELEMENTS // max(1, width))
+    step = max(1, elements // max(1, width))
     for start in range(0, max(1, n), step):
         yield slice(start, start + step)
 

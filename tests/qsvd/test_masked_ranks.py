@@ -73,8 +73,8 @@ def test_masked_ranks_are_left_out_of_the_products(monkeypatch):
     """What is multiplied with the rows has as many rows as ranks are alive, but for dE's sake."""
     ranks = []
     ranks_of = {
-        "shrink": lambda data, S: len(S),
-        "gather": lambda P, data: P.shape[1],
+        "shrink": lambda data, S, *rest: len(S),
+        "gather": lambda P, data, *rest: P.shape[1],
         "expand": lambda P, R, *rest: len(R),
     }
 

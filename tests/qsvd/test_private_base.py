@@ -74,10 +74,10 @@ def test_both_sums_are_products_in_place(kind, audience, grad, monkeypatch):
     written = []
     product = _arithmetic.expand
 
-    def expand(P, R, dtype, onto=None, in_place=False):
+    def expand(P, R, dtype, onto=None, in_place=False, kept=None):
         assert onto is not None
         written.append(in_place)
-        return product(P, R, dtype, onto, in_place)
+        return product(P, R, dtype, onto, in_place, kept)
 
     monkeypatch.setattr(_arithmetic, "expand", expand)
     adapted(torch.randn(2, 20, 64, requires_grad=grad)).sum().backward()

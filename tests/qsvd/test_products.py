@@ -158,10 +158,54 @@ def test_what_is_added_to_is_written_if_that_is_asked_for(dtype, in_place, way, 
     assert in_place or torch.equal(onto, before)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of two rows of twelve where they are widened, of three where they are picked."""
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 24)
+    monkeypatch.setattr(products, "_MASKED_BLOCK_ELEMENTS", 36)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_what_is_not_kept_counts_as_zero(small_blocks, dtype, rows, way, request):
+    if way == "cuda":
+        request.getfixturevalue("cuda_way")
+    data, S, P = torch.randn(rows, 12).to(dtype), torch.randn(3, 12), torch.randn(rows, 3)
+    kept = torch.randint(0, 2, (rows, 12), dtype=torch.int8)
+    u = UNIT_ROUNDOFF[dtype] if dtype in HALVES else U32
+    for found, left, right in (
+        (products.shrink(data, S, kept), data * kept, S.T),
+        (products.gather(P, data, kept), P.T, data * kept),
+    ):
+        want, size = (f(left.double()) @ f(right.double()) for f in (torch.clone, torch.abs))
+        assert found.dtype == products.shrink(data, S).dtype
+        assert_within(found, want, ((left.shape[1] + 2) * U32 + 3 * u) * size + 2.0**-25 * rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("onto", ["nothing", "new", "in place"])
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_what_is_not_kept_is_not_expanded(small_blocks, dtype, onto, way, request):
+    """
+    Ones and small integers: exact in every dtype, and in any order.
+    """
+    if way == "cuda":
+        request.getfixturevalue("cuda_way")
+    P, R = torch.randint(-3, 4, (37, 3)).float(), torch.randint(-3, 4, (3, 12)).float()
+    kept = torch.randint(0, 2, (37, 12), dtype=torch.int8)
+    base = None if onto == "nothing" else torch.randint(-3, 4, (37, 12)).to(dtype)
+    before = 0 if base is None else base.clone()
+    found = products.expand(P, R, dtype, base, onto == "in place", kept)
+
+    assert torch.equal(found, (before + (P @ R) * kept).to(dtype))
+    assert (found is base) == (onto == "in place")
+    assert onto != "new" or torch.equal(base, before)
+
+
 @pytest.mark.parametrize("width", [0, 1, 12, 13, 1000])
-def test_rows_of_any_width_come_in_blocks_of_one_at_least(monkeypatch, width):
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)
-    blocks = list(products._steps(3, width))
+def test_rows_of_any_width_come_in_blocks_of_one_at_least(width):
+    blocks = list(products._steps(torch.empty(3, width), 12))
 
     assert sum(len(range(3)[block]) for block in blocks) == 3
     assert all(len(range(3)[block]) <= max(1, 12 // max(1, width)) for block in blocks)
