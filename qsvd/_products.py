@@ -23,8 +23,6 @@ from torch import Tensor
 # 1 MiB of fp32: it stays in the cache, and the allocator hands out the same memory for each block.
 # Blocks of 4 MiB are as fast where their memory is at hand, and cost 2000 page faults where not.
 _BLOCK_ELEMENTS = 2**18
-# Rows share the cache with their mask and with what is added to them.
-_MASKED_BLOCK_ELEMENTS = 2**16
 # A half-precision product takes 20 us to begin with, an autograd function 100.
 _FEW_ROWS = 32
 HALF = (torch.bfloat16, torch.float16)
@@ -107,7 +105,7 @@ def _expanded_by_blocks(P: Tensor, R: Tensor, onto: Tensor | None, in_place: boo
     result = P.new_empty(P.shape[0], R.shape[1], dtype=torch.float16)
     if in_place and onto is not None:
         result = onto
-    for at in _steps(result, _BLOCK_ELEMENTS):
+    for at in _steps(result):
         result[at] = P[at] @ R if onto is None else torch.addmm(onto[at].float(), P[at], R)
     return result
 
@@ -119,8 +117,7 @@ def _expanded_where_kept(
         return expand(P, R, dtype) * kept
     if not in_place:
         return torch.addcmul(onto, expand(P, R, dtype), kept)
-    elements = _MASKED_BLOCK_ELEMENTS if _is_in_blocks(onto, P, kept) else kept.numel()
-    for at in _steps(kept, elements):
+    for at in _steps(kept) if _is_in_blocks(onto, P, kept) else [slice(None)]:
         onto[at].addcmul_(expand(P[at], R, dtype), kept[at])
     return onto
 
@@ -133,14 +130,13 @@ def _is_in_blocks(data: Tensor, factor: Tensor, kept: Tensor | None) -> bool:
 
 def _blocks(data: Tensor, kept: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of data, and these in fp32, where they are kept."""
-    elements = _BLOCK_ELEMENTS if kept is None else _MASKED_BLOCK_ELEMENTS
-    for at in _steps(data, elements):
+    for at in _steps(data):
         block = data[at].float()
         yield at, block if kept is None else block * kept[at]
 
 
-def _steps(data: Tensor, elements: int) -> Iterator[slice]:
-    """The rows of data (n, k) in blocks of so many elements; one empty block for n = 0.
+def _steps(data: Tensor) -> Iterator[slice]:
+    """The rows of data (n, k) in blocks; one empty block for n = 0.
 
     Compiled, it is one block: a loop would fix n, and compile again for each other one.
     """
@@ -148,7 +144,7 @@ def _steps(data: Tensor, elements: int) -> Iterator[slice]:
     if torch.compiler.is_compiling():
         yield slice(0, n)
         return
-    step = max(1, elements // max(1, width))
+    step = max(1, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, max(1, n), step):
         yield slice(start, start + step)
 

@@ -160,9 +160,8 @@ def test_what_is_added_to_is_written_if_that_is_asked_for(dtype, in_place, way, 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Of two rows of twelve where they are widened, of three where they are picked."""
+    """Of two rows of twelve."""
     monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 24)
-    monkeypatch.setattr(products, "_MASKED_BLOCK_ELEMENTS", 36)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
@@ -204,8 +203,9 @@ def test_what_is_not_kept_is_not_expanded(small_blocks, dtype, onto, way, reques
 
 
 @pytest.mark.parametrize("width", [0, 1, 12, 13, 1000])
-def test_rows_of_any_width_come_in_blocks_of_one_at_least(width):
-    blocks = list(products._steps(torch.empty(3, width), 12))
+def test_rows_of_any_width_come_in_blocks_of_one_at_least(monkeypatch, width):
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 12)
+    blocks = list(products._steps(torch.empty(3, width)))
 
     assert sum(len(range(3)[block]) for block in blocks) == 3
     assert all(len(range(3)[block]) <= max(1, 12 // max(1, width)) for block in blocks)
