@@ -7,7 +7,8 @@
 weights, and `layer_for` says which of them a given base layer needs. `adapt` puts them in place in a whole
 model, as an `AdaLoraConfig` says, and `remove` takes them out again.
 `RankAllocator` moves the rank budget to where it matters, and `orthogonal_penalty` keeps the triplets
-apart. `save_adapter` and `load_adapter` write and read PEFT's files.
+apart. `save_adapter` and `load_adapter` write and read PEFT's files. `packed_for_inference` generates faster
+on a CPU.
 """
 
 from qsvd._allocator import RankAllocator
@@ -15,6 +16,7 @@ from qsvd._bitsandbytes import BitsandbytesWarning, SVDLinear4bit, SVDLinear8bit
 from qsvd._checkpoint import load_adapter, save_adapter
 from qsvd._config import AdaLoraConfig
 from qsvd._dispatch import layer_for
+from qsvd._inference import packed_for_inference
 from qsvd._layer import SVDLayer
 from qsvd._model import adapt, adapted_layers, remove
 from qsvd._penalty import orthogonal_penalty
@@ -34,6 +36,7 @@ __all__ = [
     "layer_for",
     "load_adapter",
     "orthogonal_penalty",
+    "packed_for_inference",
     "remove",
     "save_adapter",
 ]
