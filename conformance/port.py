@@ -28,6 +28,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,8 @@ class Port:
     arithmetic: Arithmetic = "input"
     allocation: Allocation | None = field(default=None, repr=False)
     penalty: Callable[..., torch.Tensor] | None = field(default=None, repr=False)
+    # Evaluates a model's 4-bit layers from packed copies, meanwhile; no clause asks for it.
+    packing: Callable[..., AbstractContextManager[Any]] | None = field(default=None, repr=False)
     # What loading the port did beside: to global state, to others' functions, and what it reached for.
     changed_by_loading: tuple[str, ...] = ()
     replaced_by_loading: tuple[str, ...] = ()
@@ -125,6 +128,7 @@ def port_from_module(module: ModuleType, name: str) -> Port:
         arithmetic,
         _allocation_of(module, name),
         _offered(module, name, "orthogonal_penalty"),
+        _offered(module, name, "packed_for_inference"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from conformance.port import Port, PortError, load_port
 PEFT_PORT = "conformance.ports.peft"
 ADALORA, LORA = "PEFT AdaLoRA", "PEFT LoRA"
 FULL = "(none masked)"
+PACKED = "(packed)"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Contestant:
     version: str
     build: Callable[[nn.Module, Scenario], nn.Module]
     provides: Callable[[Scenario], bool] = lambda scenario: True
+    packing: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
 
 
 def base_alone(version: str) -> Contestant:
@@ -46,6 +49,7 @@ def of_port(port: Port, name: str, role: Role = "port") -> Contestant:
         port.version,
         lambda base, scenario: _adapted(port, base, scenario),
         lambda scenario: port.provides(scenario.kind),
+        port.packing,
     )
 
 
@@ -81,6 +85,30 @@ def beside_unmasked(contestants: Sequence[Contestant]) -> list[Contestant]:
                 Contestant(f"{c.name} {FULL}", c.role, c.version, _unmasked(c), c.provides)
             )
     return found
+
+
+def beside_packed(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """The same, and once more each that can evaluate from packed copies."""
+    found = []
+    for c in contestants:
+        found.append(c)
+        if c.packing is not None:
+            found.append(
+                Contestant(f"{c.name} {PACKED}", c.role, c.version, _packed(c), c.provides)
+            )
+    return found
+
+
+def _packed(contestant: Contestant) -> Callable[[nn.Module, Scenario], nn.Module]:
+    def build(base: nn.Module, scenario: Scenario) -> nn.Module:
+        assert contestant.packing is not None
+        layer: Any = contestant.build(base, scenario)
+        meanwhile = contestant.packing(layer)
+        meanwhile.__enter__()
+        layer.meanwhile = meanwhile  # as long as the layer is there
+        return layer  # type: ignore[no-any-return]
+
+    return build
 
 
 def _unmasked(contestant: Contestant) -> Callable[[nn.Module, Scenario], nn.Module]:

@@ -29,6 +29,8 @@ layer and PEFT's LoRA layer are built over the same weights and run in turns in 
 in a round, in an order that changes with the round. Times are medians over the rounds. *Overhead* is the
 time beyond the base layer's; its ratio has half of the width of a 95 % interval beside it, from resampled
 rounds. A *step* is forward and backward with a gradient for x, as in the middle of a model.
+*Repack*: with AVX512-BF16 bitsandbytes evaluates 4-bit weights in an order of their own, into which it brings
+PEFT's and the base layer's in place, for good. `qsvd` computes exactly, or, *packed*, from copies that are.
 """
 _PICTURE = "![Time over the base layer's, by scenario](performance/overhead.svg)\n"
 _LIMIT = """## The limit
@@ -89,12 +91,14 @@ def write(folder: Path) -> list[Path]:
     """
     results = read_results(folder / "performance" / "results.json")
     tried = tomllib.loads((folder / "performance" / "tried.toml").read_text(encoding="utf-8"))
-    wall = folder / "performance" / "results-wall.json"
+    others = {
+        heading: read_results(folder / "performance" / name)
+        for name, heading in tried.get("others", {}).items()
+    }
     cuda = _if_there(folder / "performance" / "cuda.json")
     primitives = _if_there(folder / "performance" / "primitives.json") or {}
     page, image = folder / "performance.md", folder / "performance" / "overhead.svg"
-    on_wall = read_results(wall) if wall.exists() else None
-    page.write_text(render(results, tried, cuda, primitives, on_wall), encoding="utf-8")
+    page.write_text(render(results, tried, cuda, primitives, others), encoding="utf-8")
     image.write_text(picture(results), encoding="utf-8")
     return [page, image]
 
@@ -104,7 +108,7 @@ def render(
     tried: Mapping[str, Any],
     cuda: Mapping[str, Any] | None,
     primitives: Mapping[str, Mapping[str, float]],
-    on_wall: Results | None = None,
+    others: Mapping[str, Results] | None = None,
 ) -> str:
     """The page's text.
 
@@ -113,15 +117,20 @@ def render(
         tried: tried.toml.
         cuda: what `tests.traffic` derived, if it did.
         primitives: figures of `tests.primitives`, which the ideas' results quote by name.
-        on_wall: of another run, of which the targets are shown: on all threads, by the wall clock.
+        others: of other runs, of which the targets are shown, by heading.
     """
+    beside = [
+        part
+        for heading, other in (others or {}).items()
+        for part in (f"### {heading}\n", _setting(other), _targets(other))
+    ]
     parts = [
         _HEAD,
         _setting(results),
         _PICTURE,
         "## Targets\n",
         _targets(results),
-        *(("### On all threads\n", _setting(on_wall), _targets(on_wall)) if on_wall else ()),
+        *beside,
         "## Layers\n",
         _layers(results),
         _LIMIT,

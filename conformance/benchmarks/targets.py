@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conformance.benchmarks.contestants import ADALORA, FULL, LORA
+from conformance.benchmarks.contestants import ADALORA, FULL, LORA, PACKED
 from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.results import Entry, Record, Results
 
@@ -138,6 +138,8 @@ def reached(results: Results) -> list[Reached]:
             for entry in record.of_role("port"):
                 if entry.contestant.endswith(FULL):
                     continue
+                if record.entry(f"{entry.contestant} {PACKED}") is not None:
+                    continue  # where PEFT's are packed for good, packed copies are what compares
                 value = target.figure(record, entry)
                 if value is not None:
                     found.append(Reached(target, entry.contestant, record.scenario, value))

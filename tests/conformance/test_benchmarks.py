@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jsonschema import Draft202012Validator
 from conformance.benchmarks.contestants import (
     ADALORA,
     FULL,
+    PACKED,
     Contestant,
     base_alone,
     make_base,
@@ -243,6 +245,32 @@ def test_a_masked_layer_is_measured_beside_itself_in_full() -> None:
     assert f"honest_port {FULL}" in record.entries[1].overhead_over
 
 
+def test_a_port_with_packed_copies_is_measured_with_and_without_them() -> None:
+    """Within what it offers for that, which lasts as long as the layer is measured."""
+    within: list[str] = []
+
+    @contextmanager
+    def packing(layer: torch.nn.Module) -> Iterator[None]:
+        handle = layer.register_forward_pre_hook(lambda *_: within.append("forward"))
+        yield
+        handle.remove()
+
+    honest = load_port(str(PORTS / "honest_port.py"))
+    offering = of_port(replace(honest, packing=packing), "mine")
+    generating = replace(SMALL, mode="forward", repack=True)
+    record = measured(generating, [base_alone("0"), offering, *contestants("honest_port")[1:]])
+
+    assert [e.contestant for e in record.entries] == [
+        "base",
+        "mine",
+        f"mine {PACKED}",
+        "honest_port",
+    ]
+    assert within
+    plain = measured(replace(generating, repack=False), [base_alone("0"), offering])
+    assert [e.contestant for e in plain.entries] == ["base", "mine"]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_masked_layer_has_a_quarter_of_its_ranks(masked: bool) -> None:
     s = replace(SMALL, rank=64, masked=masked)
@@ -311,6 +339,15 @@ TRAINING = record(
     entry("mine", "port", 1.3, 18, **{ADALORA.replace(" ", "_"): 0.3}),
     entry(ADALORA, "adalora", 2.0, 1008),
 )
+
+
+def test_where_peft_is_packed_for_good_packed_copies_are_what_is_compared() -> None:
+    generating = replace(
+        TRAINING,
+        scenario=Scenario(tokens=1, mode="forward", repack=True),
+        entries=(*TRAINING.entries, entry(f"mine {PACKED}", "port", 1.0, 8)),
+    )
+    assert {r.port for r in reached(results(generating))} == {f"mine {PACKED}"}
 
 
 def test_targets_are_judged_in_the_scenarios_that_they_are_about() -> None:

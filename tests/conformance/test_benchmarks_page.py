@@ -140,7 +140,7 @@ def test_without_peft_and_cuda_the_page_is_whole_all_the_same() -> None:
 def test_the_targets_of_another_run_are_shown_beside() -> None:
     results = made_up(Scenario())
     other = replace(results, settings={**SETTINGS, "threads": 2, "clock": "wall"}, stacks=())
-    text = render(results, TRIED, None, {"small": {"one": 1.5}}, other)
+    text = render(results, TRIED, None, {"small": {"one": 1.5}}, {"On all threads": other})
     one, both = text[: text.index("## Layers")].split("### On all threads")
 
     assert "1 thread" in one
