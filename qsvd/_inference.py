@@ -30,8 +30,8 @@ def packed_for_inference(model: nn.Module) -> Iterator[None]:
             model.generate(...)
 
     It answers calls in eval mode that record no gradients, of any model's `Linear4bit`, adapted or not;
-    all other calls, compiled ones, and `state_dict` find the layers as they are. A layer is packed at its first
-    call, which takes longer, and its copy, as large as its 4-bit weight, lasts until the end.
+    all other calls, compiled ones, and `state_dict` find the layers as they are. A layer is packed at
+    its first call, which takes longer, and its copy, as large as its 4-bit weight, lasts until the end.
 
     The kernel rounds inputs, weights and each block's scale to bf16: of any dtype, a layer's output is
     some 3e-3 off in the norm, where the exact one is in bf16 1.6e-3 off, and in fp32 1e-7. It wants a CPU

@@ -196,12 +196,17 @@ def packing() -> Alternatives:
 
 
 def masking() -> Alternatives:
-    """x times a mask of bytes, bf16."""
-    x = torch.randn(N, D).bfloat16()
-    keep = torch.empty(N, D, dtype=torch.uint8).bernoulli_(0.9)
+    """x times a mask of bytes, bf16 and fp32."""
+    x, wide = torch.randn(N, D).bfloat16(), torch.randn(N, D)
+    keep = torch.empty(N, D, dtype=torch.int8).bernoulli_(0.9)
+    unsigned = keep.view(torch.uint8)
     truth = keep.bool()
     return {
-        "x * bytes": lambda: x * keep,
+        "x * int8": lambda: x * keep,
+        "x * uint8": lambda: x * unsigned,
+        "fp32 x * int8": lambda: wide * keep,
+        "fp32 x * uint8": lambda: wide * unsigned,
+        "fp32 x * bytes.to(fp32)": lambda: wide * keep.to(wide.dtype),
         "x * bytes.to(bf16)": lambda: x * keep.to(x.dtype),
         "x * bool": lambda: x * truth,
         "where": lambda: torch.where(truth, x, 0.0),
