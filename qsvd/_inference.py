@@ -34,7 +34,7 @@ def packed_for_inference(model: nn.Module) -> Iterator[None]:
     its first call, which takes longer, and its copy, as large as its 4-bit weight, lasts until the end.
 
     The kernel rounds inputs, weights and each block's scale to bf16: of any dtype, a layer's output is
-    some 3e-3 off in the norm, where the exact one is in bf16 1.6e-3 off, and in fp32 1e-7. It wants a CPU
+    some 3e-3 off in the norm, where the exact one is in bf16 1.6e-3 off, and in fp32 5e-7. It wants a CPU
     with AVX512-BF16, in_features divisible by 64 and by the weight's block size, and out_features
     divisible by 32; other layers, and models on a GPU, compute as ever.
 
