@@ -64,6 +64,7 @@ def test_a_run_measures_everybody_in_turns_and_writes_it_down(tmp_path: Path) ->
             "--only=dtype=float32",
             "--only=in_features=1024",
             "--only=mode=forward",
+            "--only=repack=no",
         ),
         *("--seconds=0", "--rounds=3", f"--results={target}", f"--benchmark-json={judged}"),
         *(f"--ignore=conformance/benchmarks/test_{name}.py" for name in ("allocators", "stacks")),
