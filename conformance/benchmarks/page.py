@@ -31,6 +31,8 @@ time beyond the base layer's; its ratio has half of the width of a 95 % interval
 rounds. A *step* is forward and backward with a gradient for x, as in the middle of a model.
 *Repack*: with AVX512-BF16 bitsandbytes evaluates 4-bit weights in an order of their own, into which it brings
 PEFT's and the base layer's in place, for good. `qsvd` computes exactly, or, *packed*, from copies that are.
+All scenarios share a process: what malloc still holds of earlier ones spares page faults, most of them where
+temporaries are large, as PEFT's are. `--only` measures a scenario alone; see the last ideas below, too.
 """
 _PICTURE = "![Time over the base layer's, by scenario](performance/overhead.svg)\n"
 _LIMIT = """## The limit
