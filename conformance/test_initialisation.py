@@ -13,6 +13,7 @@ from torch import nn
 
 from conformance import oracle
 from conformance.case import DTYPES, Case, as_float64, build_base
+from conformance.devices import seed_generators
 from conformance.spec import clause
 from conformance.strategies import cases, probes
 from conformance.trial import Setup, Trial
@@ -352,7 +353,7 @@ def test_a_refusal_leaves_the_base_layer_alone(trial: Trial) -> None:
             base = build_base(case, data, trial.device)
             twin = build_base(case, data, trial.device)
             _assert_untouched(trial, base, twin, case, arguments)
-        torch.manual_seed(case.seed)
+        seed_generators(case.seed, trial.device)
         dense, twin = (nn.Linear(case.in_features, case.out_features) for _ in range(2))
         twin.load_state_dict(dense.state_dict())
         _assert_untouched(trial, dense.to(trial.device), twin.to(trial.device), case, {"r": 3})
@@ -389,7 +390,7 @@ def test_other_initial_weights_are_not_the_identity(trial: Trial) -> None:
     def body(case: Case) -> None:
         data = draw(case)
         base = build_base(case, data, trial.device)
-        torch.manual_seed(case.seed)
+        seed_generators(case.seed, trial.device)
         arguments = {"lora_alpha": 3, "lora_dropout": 0.0, "init_lora_weights": False}
         layer: Any = trial.construct(base, case.names[0], r=3, **arguments)
         setup = Setup(trial, case, data, base, layer)

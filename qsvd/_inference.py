@@ -49,7 +49,9 @@ def packed_for_inference(model: nn.Module) -> Iterator[None]:
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {model!r} ({type(model).__name__})."
         )
-    layers = [m for m in model.modules() if _can_be_packed(m)]
+    layers: list[Any] = []
+    if _cpu_has_the_kernel():
+        layers += [m for m in model.modules() if _can_be_packed(m)]
     for layer in layers:
         layer.forward = _Packed(layer)
     try:
@@ -65,7 +67,7 @@ class _Packed:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.twin: Any = None
-        self.packed: Tensor | None = None
+        self.source: Tensor | None = None  # of which the twin has a copy
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -73,8 +75,8 @@ class _Packed:
         if not answers or not x.is_cpu or not x.numel():
             y: Tensor = type(layer).forward(layer, x)
             return y
-        if self.packed is not layer.weight:  # or another was loaded
-            self.twin, self.packed = _twin(layer), layer.weight
+        if self.source is not layer.weight:  # the first call, or another weight was loaded
+            self.twin, self.source = _twin(layer), layer.weight
         y = self.twin(x)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
@@ -99,7 +101,6 @@ def _can_be_packed(module: nn.Module) -> bool:
         and state is not None
         and not vars(state).get("packing_format_for_cpu")
         and layer.weight.is_cpu
-        and _cpu_has_the_kernel()
         and layer.in_features % 64 == 0
         and layer.in_features % state.blocksize == 0
         and layer.out_features % 32 == 0

@@ -22,6 +22,8 @@ PEFT_PORT = "conformance.ports.peft"
 ADALORA, LORA = "PEFT AdaLoRA", "PEFT LoRA"
 FULL = "(none masked)"
 PACKED = "(packed)"
+Build = Callable[[nn.Module, Scenario], nn.Module]
+Packing = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Contestant:
     name: str
     role: Role
     version: str
-    build: Callable[[nn.Module, Scenario], nn.Module]
+    build: Build
     provides: Callable[[Scenario], bool] = lambda scenario: True
-    packing: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    packing: Packing | None = None
 
 
 def base_alone(version: str) -> Contestant:
@@ -75,35 +77,29 @@ def of_peft() -> tuple[list[Contestant], str]:
     ], ""
 
 
-def beside_unmasked(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """The same, and each AdaLoRA layer once more with none of its E zero."""
+def with_others(contestants: Sequence[Contestant], scenario: Scenario) -> list[Contestant]:
+    """The same, and beside them, where the scenario compares a layer with itself, the other one.
+
+    A masked AdaLoRA layer is measured with none of its E zero, too, and one that can evaluate from
+    packed copies so, where bitsandbytes may pack.
+    """
     found = []
     for c in contestants:
         found.append(c)
-        if c.role in ("port", "adalora"):
-            found.append(
-                Contestant(f"{c.name} {FULL}", c.role, c.version, _unmasked(c), c.provides)
-            )
+        others = {}
+        if scenario.masked and c.role in ("port", "adalora"):
+            others[FULL] = _unmasked(c)
+        if scenario.repack and c.packing is not None:
+            others[PACKED] = _packed(c, c.packing)
+        for told, build in others.items():
+            found.append(Contestant(f"{c.name} {told}", c.role, c.version, build, c.provides))
     return found
 
 
-def beside_packed(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """The same, and once more each that can evaluate from packed copies."""
-    found = []
-    for c in contestants:
-        found.append(c)
-        if c.packing is not None:
-            found.append(
-                Contestant(f"{c.name} {PACKED}", c.role, c.version, _packed(c), c.provides)
-            )
-    return found
-
-
-def _packed(contestant: Contestant) -> Callable[[nn.Module, Scenario], nn.Module]:
+def _packed(contestant: Contestant, packing: Packing) -> Build:
     def build(base: nn.Module, scenario: Scenario) -> nn.Module:
-        assert contestant.packing is not None
         layer: Any = contestant.build(base, scenario)
-        meanwhile = contestant.packing(layer)
+        meanwhile = packing(layer)
         meanwhile.__enter__()
         layer.meanwhile = meanwhile  # as long as the layer is there
         return layer  # type: ignore[no-any-return]
@@ -111,7 +107,7 @@ def _packed(contestant: Contestant) -> Callable[[nn.Module, Scenario], nn.Module
     return build
 
 
-def _unmasked(contestant: Contestant) -> Callable[[nn.Module, Scenario], nn.Module]:
+def _unmasked(contestant: Contestant) -> Build:
     def build(base: nn.Module, scenario: Scenario) -> nn.Module:
         layer = contestant.build(base, scenario)
         return _prepared(layer, scenario, masked=False)

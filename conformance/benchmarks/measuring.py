@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conformance.benchmarks.contestants import (
-    FULL,
-    Contestant,
-    beside_packed,
-    beside_unmasked,
-    build,
-    make_base,
-)
+from conformance.benchmarks.contestants import FULL, Contestant, build, make_base, with_others
 from conformance.benchmarks.grid import Scenario
 from conformance.benchmarks.limit import Rates, least_work
 from conformance.benchmarks.memory import peak_bytes, saved_bytes
@@ -122,11 +115,7 @@ def measure(
         rates: of the machine, for the limit; its clock is the one that is used.
         patience: how long.
     """
-    entered = list(contestants)
-    if scenario.masked:
-        entered = beside_unmasked(entered)
-    if scenario.repack:
-        entered = beside_packed(entered)
+    entered = with_others(contestants, scenario)
     needed, free = _memory_needed(scenario), _memory_free(rates.device)
     if needed > free:
         reason = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

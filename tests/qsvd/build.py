@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ import qsvd
 from qsvd._arithmetic import Adapter, adapted
 from qsvd._dropout import Mask
 
+avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
 Kind = Literal["4bit", "8bit"]
 KINDS: tuple[Kind, ...] = ("4bit", "8bit")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +53,18 @@ def randomised(layer: qsvd.SVDLayer) -> qsvd.SVDLayer:
         for parameter in parameters.values():
             nn.init.normal_(parameter)
     return layer
+
+
+def step(layer: qsvd.SVDLayer, x: Tensor) -> list[Tensor]:
+    """One training step's output and gradients, of a layer with an adapter `default`, in train mode."""
+    mode = layer.training
+    layer.zero_grad()
+    leaf = x.detach().clone().requires_grad_(True)
+    y = layer.train()(leaf)
+    y.sum().backward()
+    layer.train(mode)
+    parameters = (layer.lora_A, layer.lora_E, layer.lora_B)
+    return [y.detach(), leaf.grad, *(p["default"].grad.clone() for p in parameters)]
 
 
 @dataclass

@@ -13,11 +13,19 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 import qsvd
-from tests.qsvd.build import DTYPES, UNIT_ROUNDOFF, assert_within, base_layer, layer, randomised
+from tests.qsvd.build import (
+    DTYPES,
+    UNIT_ROUNDOFF,
+    assert_within,
+    avx512bf16,
+    base_layer,
+    layer,
+    randomised,
+    step,
+)
 from tests.qsvd.language import config, quantised, sequences, write_model
 
 U16 = UNIT_ROUNDOFF[torch.bfloat16]
-kernel = pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
 
 
 def adapted_layer(n_in: int = 128, n_out: int = 64, **options: Any) -> Any:
@@ -34,7 +42,7 @@ def packed(module: nn.Module, x: Tensor) -> Tensor:
         return evaluated(module, x)
 
 
-@kernel
+@avx512bf16
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [(), (1,), (2, 20), (70,)])
 @pytest.mark.parametrize("how", [{}, {"compress_statistics": False}, {"quant_type": "fp4"}])
@@ -59,7 +67,7 @@ def test_outputs_are_the_layers_own_but_for_bf16s_roundings(dtype, rows, how):
     assert apart < 3 * U16
 
 
-@kernel
+@avx512bf16
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256])
 @pytest.mark.parametrize("bias", [True, False])
 def test_blocks_of_any_size_that_divides_the_rows(blocksize, bias):
@@ -72,7 +80,7 @@ def test_blocks_of_any_size_that_divides_the_rows(blocksize, bias):
     assert 0 < (found - exact).norm() < 3 * U16 * exact.norm()
 
 
-@kernel
+@avx512bf16
 def test_all_of_a_models_4bit_layers_answer_so():
     model = nn.Sequential(
         base_layer("4bit", 64, 64), adapted_layer(64, 32), nn.Linear(32, 8)
@@ -85,17 +93,6 @@ def test_all_of_a_models_4bit_layers_answer_so():
         assert not torch.equal(evaluated(model[:1], x), exact[0])
         assert not torch.equal(evaluated(model[1:2], exact[0]), exact[1])
     assert [torch.equal(evaluated(model[:k], x), exact[k - 1]) for k in (1, 2)] == [True, True]
-
-
-def step(adapted: Any, x: Tensor) -> list[Tensor]:
-    """One training step's output and gradients."""
-    adapted.zero_grad()
-    leaf = x.clone().requires_grad_(True)
-    y = adapted.train()(leaf)
-    y.sum().backward()
-    adapted.eval()
-    parameters = (adapted.lora_A, adapted.lora_E, adapted.lora_B)
-    return [y.detach(), leaf.grad, *(p["default"].grad.clone() for p in parameters)]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -168,7 +165,7 @@ def test_layers_that_the_kernel_cannot_take_compute_as_ever(why, monkeypatch):
     assert torch.equal(packed(base, x), exact)
 
 
-@kernel
+@avx512bf16
 def test_a_layer_that_bitsandbytes_packed_for_good_stays_as_it_is():
     base = base_layer("4bit", 128, 64).eval()
     x = torch.randn(3, 128)
@@ -185,7 +182,7 @@ def test_an_unquantised_layer_is_left_to_say_so():
     assert "forward" not in vars(base)
 
 
-@kernel
+@avx512bf16
 def test_weights_that_are_loaded_meanwhile_answer():
     adapted, other, x = adapted_layer(), adapted_layer(), torch.randn(3, 128)
     want = packed(other, x)
@@ -195,7 +192,7 @@ def test_weights_that_are_loaded_meanwhile_answer():
         assert torch.equal(evaluated(adapted, x), want)
 
 
-@kernel
+@avx512bf16
 def test_a_bias_that_is_trained_meanwhile_answers():
     adapted, x = adapted_layer(), torch.randn(3, 128)
     with qsvd.packed_for_inference(adapted):
@@ -212,7 +209,7 @@ def test_an_error_inside_ends_it():
     assert "forward" not in vars(adapted.base_layer)
 
 
-@kernel
+@avx512bf16
 def test_one_inside_another_ends_with_the_outer_one():
     adapted, x = adapted_layer(), torch.randn(3, 128)
     exact, want = evaluated(adapted, x), packed(adapted, x)
@@ -222,7 +219,7 @@ def test_one_inside_another_ends_with_the_outer_one():
     assert torch.equal(evaluated(adapted, x), exact)
 
 
-@kernel
+@avx512bf16
 def test_a_copy_that_is_made_meanwhile_computes_the_same():
     adapted, x = adapted_layer(), torch.randn(3, 128)
     with qsvd.packed_for_inference(adapted):
@@ -232,7 +229,7 @@ def test_a_copy_that_is_made_meanwhile_computes_the_same():
         assert torch.equal(evaluated(twin, x), want)
 
 
-@kernel
+@avx512bf16
 def test_what_is_called_in_inference_mode_can_be_called_again_without():
     adapted, x = adapted_layer(), torch.randn(3, 128)
     with qsvd.packed_for_inference(adapted):

@@ -7,25 +7,22 @@ import warnings
 
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
 
 import qsvd
-from tests.qsvd.build import DTYPES, KINDS, base_layer, layer, randomised, unquantised_base
+from tests.qsvd.build import (
+    DTYPES,
+    KINDS,
+    avx512bf16,
+    base_layer,
+    layer,
+    randomised,
+    step,
+    unquantised_base,
+)
 
-avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
 avx512 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU with AVX-512"
 )
-
-
-def step(adapted, x):
-    """One training step's output and gradients."""
-    adapted.zero_grad()
-    x = x.detach().clone().requires_grad_(True)
-    y = adapted.train()(x)
-    y.sum().backward()
-    parameters = (adapted.lora_A, adapted.lora_E, adapted.lora_B)
-    return [y.detach(), x.grad, *(p["default"].grad.clone() for p in parameters)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
