@@ -44,7 +44,7 @@ class SVDLinear4bit(SVDLayer):
     @classmethod
     def check_base_layer(cls, base_layer: nn.Module) -> None:
         super().check_base_layer(base_layer)
-        if _is_repacked(base_layer):
+        if is_repacked(base_layer):
             raise ValueError(f"The Linear4bit base layer {_REPACKED}.")
         _warn_of_wrong_dequantisation(base_layer)
 
@@ -164,7 +164,8 @@ def _check_loaded_shape(layer: SVDLayer, shape: tuple[int, ...]) -> None:
         )
 
 
-def _is_repacked(base: nn.Module) -> bool:
+def is_repacked(base: nn.Module) -> bool:
+    """Whether bitsandbytes has brought a 4-bit layer's weight into the order of its kernel for CPUs."""
     return _packed_state(getattr(base.weight, "quant_state", None))
 
 

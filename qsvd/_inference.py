@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd._autograd import is_eager
-from qsvd._bitsandbytes import SVDLinear4bit
+from qsvd._bitsandbytes import SVDLinear4bit, is_repacked
 
 _Linear4bit: Any = SVDLinear4bit.base_type
 
@@ -99,7 +99,7 @@ def _can_be_packed(module: nn.Module) -> bool:
     return (
         type(layer).forward is _Linear4bit.forward
         and state is not None
-        and not vars(state).get("packing_format_for_cpu")
+        and not is_repacked(layer)
         and layer.weight.is_cpu
         and layer.in_features % 64 == 0
         and layer.in_features % state.blocksize == 0
