@@ -11,10 +11,11 @@ the adapter passes on. So in backward the gradient that the base layer has for x
 adapter, and both sums, y and dx, are one product each that is added to what the base layer wrote.
 Nothing as large as x or y is allocated where that may be written (see `adapted`).
 
-Products with a large tensor are computed in its dtype, see `qsvd._products`, their sums in fp32, and
-the parameters' gradients come out in fp32. For the backward pass `x` is saved, which its producer
-keeps anyway, the small fp32 factors, the mask in bits, and `h = x @ Q.T` where it is small beside x;
-otherwise it is computed again. Few rows are left to ordinary operations.
+Products with a large tensor are computed in its dtype, or in bf16 if autocast makes that of it, see
+`qsvd._products`, their sums in fp32, and the parameters' gradients come out in fp32. For the backward
+pass `x` is saved, which its producer keeps anyway, the small fp32 factors, the mask in bits, and
+`h = x @ Q.T` where it is small beside x; otherwise it is computed again. Few rows are left to ordinary
+operations.
 
 Every step is an ordinary differentiable operation, so a second derivative is right as well, or, for
 half precision on CUDA, refused by torch.
@@ -68,6 +69,7 @@ class _Pending(NamedTuple):
     token: (n, rank), what h is in the graph of the backward pass. It has no values.
     bits: dropout's mask, None if all of x is kept.
     live: the ranks that are computed, None for all.
+    as_bf16: whether fp32 x and dy are rounded to bf16 before they are multiplied.
     """
 
     x: Tensor
@@ -79,6 +81,7 @@ class _Pending(NamedTuple):
     token: Tensor
     bits: Tensor | None
     live: Tensor | None
+    as_bf16: bool
 
 
 def adapted(
@@ -135,21 +138,22 @@ def _begin(
     rows = _rows(x)
     live = _live_ranks(E)
     kept, bits = (None, None) if mask is None else (mask.kept, mask.bits)
+    as_bf16 = _rounds_to_bf16(x)
     with _without_autocast(x.device):
-        passed, token, h = apply(_Project, rows, A, E, c, kept, bits, live, in_place)
+        passed, token, h = apply(_Project, rows, A, E, c, kept, bits, live, as_bf16, in_place)
     if torch.is_grad_enabled() and x.requires_grad:
         x = passed if x.dim() == 2 else passed.reshape(x.shape)
-    return x, _Pending(rows, A, E, B, c, h, token, bits, live)
+    return x, _Pending(rows, A, E, B, c, h, token, bits, live, as_bf16)
 
 
 def _finish(base: Tensor, pending: _Pending, in_place: bool) -> Tensor:
     """`base` (..., out) plus the update, (n, out): new, or `base` if that may be written."""
-    x, A, E, B, c, h, token, bits, live = pending
+    x, A, E, B, c, h, token, bits, live, as_bf16 = pending
     with _without_autocast(base.device):
         rows = _rows(base)
         # A view of what a function returned is not to be written within another.
         in_place = in_place and not rows._is_view()
-        y: Tensor = apply(_Update, rows, token, h, B, x, A, E, c, bits, live, in_place)
+        y: Tensor = apply(_Update, rows, token, h, B, x, A, E, c, bits, live, as_bf16, in_place)
         return y
 
 
@@ -182,19 +186,20 @@ class _Project(torch.autograd.Function):
         kept: Tensor | None,
         bits: Tensor | None,
         live: Tensor | None,
+        as_bf16: bool,
         in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = _hidden(x, A, E, c, live, kept)
+        h = _hidden(_as_multiplied(x, as_bf16), A, E, c, live, kept)
         return x.view_as(x), h.new_empty(()).expand(x.shape[0], A.shape[0]), h
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, A, E, c, _, bits, live, in_place = inputs
+        x, A, E, c, _, bits, live, as_bf16, in_place = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
-        ctx.x_dtype, ctx.in_place, ctx.live = x.dtype, in_place, live
+        ctx.x_dtype, ctx.as_bf16, ctx.in_place, ctx.live = x.dtype, as_bf16, in_place, live
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.c, saved_c = _apart(c)
         ctx.save_for_backward(x if trained else None, A, E, saved_c, bits)
@@ -202,22 +207,20 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, P: Tensor | None, _: None) -> Gradients:
         if P is None:
-            return dx, *(None,) * 7
+            return dx, *(None,) * 8
         x, A, E, saved_c, bits = ctx.saved_tensors
         c = ctx.c if saved_c is None else saved_c
         needs_x, needs_A, needs_E = ctx.needs_input_grad[:3]
         # A second derivative needs the products that are zero in the first, and what it reads unwritten.
         again = torch.is_grad_enabled()
         live = None if again else ctx.live
-        kept = None
-        if bits is not None:
-            kept = unpacked(bits, P.shape[0], A.shape[1])
+        kept = None if bits is None else unpacked(bits, P.shape[0], A.shape[1])
         dA = dE = None
         with _without_autocast(P.device):
             Ec = E * c  # rank, 1
             if needs_A or needs_E:
                 # rank, in; of all ranks, for dE is not zero
-                dQ = gather(P, x, kept)
+                dQ = gather(P, _as_multiplied(x, ctx.as_bf16), kept)
                 dA = dQ * Ec if needs_A else None
                 dE = (dQ * A).sum(1, keepdim=True) * c if needs_E else None
             if needs_x:
@@ -227,7 +230,7 @@ class _Project(torch.autograd.Function):
                 in_place = ctx.in_place and not again and is_eager()
                 in_place = in_place and dx is not None and dx.is_contiguous()
                 dx = expand(P, Q, ctx.x_dtype, dx, in_place, kept)
-        return dx, dA, dE, *(None,) * 5
+        return dx, dA, dE, *(None,) * 6
 
 
 class _Update(torch.autograd.Function):
@@ -245,6 +248,7 @@ class _Update(torch.autograd.Function):
         c: Tensor | float,
         bits: Tensor | None,
         live: Tensor | None,
+        as_bf16: bool,
         in_place: bool,
     ) -> Tensor:
         BT = B.T if live is None else B.T[live]
@@ -252,7 +256,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        base, _, h, B, x, A, E, c, bits, ctx.live, in_place = inputs
+        base, _, h, B, x, A, E, c, bits, ctx.live, ctx.as_bf16, in_place = inputs
         if in_place:
             ctx.mark_dirty(base)
         ctx.c, saved_c = _apart(c)
@@ -272,18 +276,19 @@ class _Update(torch.autograd.Function):
         live = None if again else ctx.live
         P = dB = None
         with _without_autocast(dy.device):
+            G = _as_multiplied(dy, ctx.as_bf16)  # n, out
             if needs_token:
-                P = shrink(dy, B.T)  # n, rank
+                P = shrink(G, B.T)  # n, rank
             if needs_B:
                 if h is None or again:
                     kept = None if bits is None else unpacked(bits, *x.shape)
-                    h = _hidden(x, A, E, c, live, kept)  # n, live rank
-                dBT = gather(h, dy)  # live rank, out
+                    h = _hidden(_as_multiplied(x, ctx.as_bf16), A, E, c, live, kept)  # n, live rank
+                dBT = gather(h, G)  # live rank, out
                 if live is not None:
                     dBT = dBT.new_zeros(B.T.shape).index_copy_(0, live, dBT)
                 # As B is laid out, or it would be copied once more where it is accumulated.
                 dB = dBT.T.to(B.dtype, memory_format=torch.contiguous_format)
-        return dy if needs_base else None, P, None, dB, *(None,) * 7
+        return dy if needs_base else None, P, None, dB, *(None,) * 8
 
 
 def _hidden(
@@ -298,6 +303,11 @@ def _hidden(
     if live is not None:
         A, E = A[live], E[live]
     return shrink(x, A * (E * c), kept)
+
+
+def _as_multiplied(t: Tensor, as_bf16: bool) -> Tensor:
+    """What of x or dy is multiplied."""
+    return t.bfloat16() if as_bf16 and t.dtype == torch.float32 else t
 
 
 def _add_few_rows(base: Tensor, adapter: Adapter, x: Tensor, mask: Mask | None) -> Tensor:
@@ -357,6 +367,16 @@ def _rows(t: Tensor) -> Tensor:
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Dtypes are chosen product by product here; autocast would round every factor to half."""
     return torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext()
+
+
+def _rounds_to_bf16(x: Tensor) -> bool:
+    """Whether autocast rounds fp32 x to bf16 wherever it is multiplied, as in the base layer.
+
+    Not asked to round to fp16, whose range x and dy may leave.
+    """
+    if x.dtype != torch.float32 or not _in_autocast(x.device):
+        return False
+    return torch.get_autocast_dtype(x.device.type) == torch.bfloat16
 
 
 def _in_autocast(device: torch.device) -> bool:

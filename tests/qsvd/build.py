@@ -84,18 +84,29 @@ class Expected:
 
 
 def expected(
-    layer: qsvd.SVDLayer, x: Tensor, dy: Tensor, name: str = "default", half: bool | None = None
+    layer: qsvd.SVDLayer,
+    x: Tensor,
+    dy: Tensor,
+    name: str = "default",
+    half: bool | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Expected:
     """What one forward and backward must give for x (n, in) and dy (n, out).
 
     `half` says whether products that lead to parameter gradients are of x's half-precision dtype:
     the skinny factor, h or P, and the result cost a roundoff each, of which the sums are free. By
-    default bf16's are, if there are more than 32 rows; all others are accurate to fp32.
+    default bf16's are, if there are more than 32 rows or autocast is on; all others are accurate to
+    fp32. Autocast to bf16 rounds fp32 x and dy, at a roundoff each; autocast to fp16 does not.
     """
     leaf = x.detach().clone().requires_grad_(True)
-    y0 = layer.base_layer(leaf)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        y0 = layer.base_layer(leaf)
     y0.backward(dy.to(y0.dtype))
-    u, tiny = UNIT_ROUNDOFF[x.dtype], UNDERFLOW[x.dtype]
+    rounded = autocast == torch.bfloat16 and x.dtype == torch.float32
+    u = max(UNIT_ROUNDOFF[t] for t in (x.dtype, y0.dtype, *([autocast] if rounded else [])))
+    u_x, u_y = UNIT_ROUNDOFF[x.dtype], UNIT_ROUNDOFF[y0.dtype]
+    tiny = max(UNDERFLOW[x.dtype], UNDERFLOW[y0.dtype])
+    given = 1 if rounded else 0
     A, E, B = (p[name].detach().double() for p in (layer.lora_A, layer.lora_E, layer.lora_B))
     c = layer.scaling[name] / (layer.ranknum[name].double() + 1e-5)
     X, G, Y0, DX0 = x.double(), dy.double(), y0.detach().double(), leaf.grad.double()
@@ -104,19 +115,22 @@ def expected(
 
     y = Y0 + X @ Q.T @ B.T
     products = X.abs() @ Q.abs().T @ B.abs().T
-    # 1.02 for products of the roundoffs, of which the largest is 4 * 2^-8 squared.
-    y_bound = 1.02 * ((3 * u + 7 * U32 + g_in + g_r) * products + u * y.abs() + U32 * Y0.abs())
+    # 1.02 for products of the roundoffs, of which the largest is 5 * 2^-8 squared.
+    y_bound = (3 + given) * u + 7 * U32 + g_in + g_r
+    y_bound = 1.02 * (y_bound * products + u_y * y.abs() + U32 * Y0.abs())
     y_bound += tiny * (2 + B.abs().sum(1) + X.abs().sum(1, keepdim=True) * B.abs().sum())
 
     P = G @ B
     dx = DX0 + P @ Q
     products = G.abs() @ B.abs() @ Q.abs()
-    dx_bound = 1.02 * ((3 * u + 7 * U32 + g_out + g_r) * products + u * (P @ Q).abs())
-    dx_bound += u * dx.abs() + tiny * (2 + Q.abs().sum(0) + P.abs().sum(1, keepdim=True))
+    dx_bound = (3 + given) * u + 7 * U32 + g_out + g_r
+    dx_bound = 1.02 * (dx_bound * products + u_x * (P @ Q).abs())
+    dx_bound += u_x * dx.abs() + tiny * (2 + Q.abs().sum(0) + P.abs().sum(1, keepdim=True))
 
     if half is None:
-        half = x.dtype == torch.bfloat16 and len(x) > 32
-    v = 8 * U32 + (1.02 * 3 * u if half else 0.0)
+        half = torch.bfloat16 in (x.dtype, y0.dtype) and (len(x) > 32 or autocast is not None)
+        half = half or rounded
+    v = 8 * U32 + (1.02 * (3 + 2 * given) * u if half else 0.0)
     h_abs, P_abs = X.abs() @ Q.abs().T, G.abs() @ B.abs()
     dQ, dQ_abs = P.T @ X, P_abs.T @ X.abs()
     dQ_bound = (g_out + g_n + v) * dQ_abs

@@ -18,6 +18,12 @@ from tests.qsvd.build import (
     updated,
 )
 
+
+def autocast_output(module, x, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        return module(x)
+
+
 # Few rows take ordinary operations, others the layer's own functions.
 FEW_AND_MANY = pytest.mark.parametrize("rows", [7, 40])
 
@@ -41,6 +47,54 @@ def test_every_gradient_is_right_and_sums_are_in_fp32(kind, dtype, rows, monkeyp
     for name in PARAMETERS:
         assert found[name].dtype == torch.float32
         assert_within(found[name], *want.gradients[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 37, 1100])
+def test_under_autocast_everything_is_right_and_sums_are_in_fp32(
+    kind, dtype, autocast, rows, monkeypatch
+):
+    """
+    An fp32 output or gradient is not rounded with what is added to it: neither bound has bf16's
+    roundoff of it.
+    """
+    monkeypatch.setattr("qsvd._products._BLOCK_ELEMENTS", 16 * 64)
+    adapted = randomised(layer(kind, r=5, lora_alpha=3))
+    x, dy = torch.randn(rows, 64).to(dtype), torch.randn(rows, 32)
+    dy = dy.to(autocast_output(adapted, x[:1], autocast).dtype)
+    want = expected(adapted, x, dy, autocast=autocast)
+    leaf = x.clone().requires_grad_(True)
+    y = autocast_output(adapted, leaf, autocast)
+    y.backward(dy)
+
+    assert_within(y, want.y, want.y_bound)
+    assert_within(leaf.grad, want.dx, want.dx_bound)
+    for name in PARAMETERS:
+        grad = getattr(adapted, name)["default"].grad
+        assert grad.dtype == torch.float32
+        assert_within(grad, *want.gradients[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@FEW_AND_MANY
+def test_autocast_rounds_x_and_dy_to_bf16_and_not_to_fp16(kind, autocast, p, rows):
+    adapted = randomised(layer(kind, lora_dropout=p))
+    x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
+    found = []
+    for as_given in (True, False):
+        adapted.zero_grad()
+        torch.manual_seed(5)
+        given = [t if as_given else t.to(autocast).float() for t in (x, dy)]
+        y = autocast_output(adapted, given[0].requires_grad_(True), autocast)
+        y.backward(given[1].to(y.dtype))
+        found.append({q: getattr(adapted, q)["default"].grad for q in PARAMETERS})
+
+    for name in PARAMETERS:
+        assert torch.equal(*(f[name] for f in found)) == (autocast == torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,10 +187,11 @@ def test_without_grad_mode_the_output_requires_none():
         assert not adapted(torch.randn(3, 64)).requires_grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "autocast"])
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_backward_keeps_the_input_and_beside_it_h_where_that_is_small(dtype, width):
     n = 4096
+    autocast, dtype = dtype == "autocast", torch.float32 if dtype == "autocast" else dtype
     base, x = torch.randn(n, 32).to(dtype), torch.randn(n, width).to(dtype).requires_grad_(True)
     A, E, B = (torch.randn(s, requires_grad=True) for s in ((4, width), (4, 1), (32, 4)))
     kept: dict[int, int] = {}
@@ -145,12 +200,13 @@ def test_backward_keeps_the_input_and_beside_it_h_where_that_is_small(dtype, wid
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         updated(base, x, A, E, B, 1.0)
     beside_x = sum(size for at, size in kept.items() if at != x.untyped_storage().data_ptr())
     parameters = 4 * (A.numel() + E.numel() + B.numel())
 
-    h = n * 4 * (2 if dtype == torch.bfloat16 else 4)
+    h = n * 4 * (2 if autocast or dtype == torch.bfloat16 else 4)
     if dtype != torch.float32 and h > x.nbytes / 25:
         h = 0
     assert beside_x == h + parameters

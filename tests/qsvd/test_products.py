@@ -24,6 +24,12 @@ def cuda_way(monkeypatch):
     monkeypatch.setattr(products, "_mm_half_into_fp32", mm)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of two rows of twelve."""
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 24)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
 @pytest.mark.parametrize("product", ["shrink", "gather"])
@@ -51,11 +57,10 @@ def test_a_product_of_nothing_is_zero(cuda_way, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rows", [0, 1, 37])
-def test_products_are_those_of_fp64_on_a_cpu(monkeypatch, dtype, rows):
+def test_products_are_those_of_fp64_on_a_cpu(small_blocks, dtype, rows):
     """
     fp16 comes in blocks of two rows.
     """
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 24)
     data, S, P = torch.randn(rows, 12).to(dtype), torch.randn(3, 12), torch.randn(rows, 3)
     u = U32 if dtype != torch.bfloat16 else 2.1 * UNIT_ROUNDOFF[dtype]
     for found, left, right in (
@@ -156,12 +161,6 @@ def test_what_is_added_to_is_written_if_that_is_asked_for(dtype, in_place, way, 
     assert_within(found, before.double() + P.double() @ R.double(), torch.full((5, 7), 30 * u))
     assert (found is onto) == in_place
     assert in_place or torch.equal(onto, before)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Of two rows of twelve."""
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
