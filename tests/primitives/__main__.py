@@ -54,6 +54,38 @@ def orientation(dtype: torch.dtype) -> Alternatives:
     }
 
 
+def ranks() -> Alternatives:
+    """x @ Q.T in bf16 for other numbers of ranks, with Q on the right, or on the left as `shrink` has it."""
+    x = torch.randn(N, D).bfloat16()
+    found: dict[str, Callable[[], object]] = {}
+    for r in (8, 16, 24, 32, 64):
+        Q = torch.randn(r, D).bfloat16()
+        found[f"{r}, right"] = lambda Q=Q: x @ Q.T
+        found[f"{r}, left"] = lambda Q=Q: (Q @ x.T).T
+    return found
+
+
+def rounding() -> Alternatives:
+    """Both products of fp32 dy, for P and for dB, as it is or rounded to bf16 before."""
+    dy, B, h = torch.randn(N, D), torch.randn(D, R), torch.randn(N, R)
+
+    def products(of: Tensor) -> None:
+        _products.shrink(of, B.T)
+        _products.gather(h, of)
+
+    def in_blocks() -> None:
+        for start in range(0, N, 256):
+            block = dy[start : start + 256].bfloat16()
+            _products.shrink(block, B.T)
+            _products.gather(h[start : start + 256], block)
+
+    return {
+        "fp32": lambda: products(dy),
+        "bf16": lambda: products(dy.bfloat16()),
+        "bf16, in blocks": in_blocks,
+    }
+
+
 def few_rows(n: int) -> Alternatives:
     """An adapter's forward and backward over n rows of bf16, by functions or by operations."""
     x, base, dy = (torch.randn(n, D).bfloat16() for _ in range(3))
@@ -272,6 +304,8 @@ def gradient(x: Tensor, dy: Tensor, B: Tensor) -> Tensor:
 EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "orientation_fp32": lambda: orientation(torch.float32),
     "orientation_bf16": lambda: orientation(torch.bfloat16),
+    "ranks": ranks,
+    "rounding": rounding,
     "adding_fp32": lambda: adding(torch.float32),
     "adding_bf16": lambda: adding(torch.bfloat16),
     "applying": applying,
