@@ -15,7 +15,7 @@ Products with a large tensor are computed in its dtype, or in bf16 if autocast m
 `qsvd._products`, their sums in fp32, and the parameters' gradients come out in fp32. For the backward
 pass `x` is saved, which its producer keeps anyway, the small fp32 factors, the mask in bits, and
 `h = x @ Q.T` where it is small beside x; otherwise it is computed again. Few rows are left to ordinary
-operations.
+operations in fp32.
 
 Every step is an ordinary differentiable operation, so a second derivative is right as well, or, for
 half precision on CUDA, refused by torch.
@@ -105,12 +105,12 @@ def adapted(
         (..., out), in the dtype that the base layer returns.
     """
     adapters = [adapter for adapter in adapters if adapter.A.shape[0] > 0]
-    # Autocast would round what ordinary operations do.
-    if few_rows(x) and not _in_autocast(x.device):
+    if few_rows(x):
         dropped = [(adapter, *drop(adapter.dropout, x)) for adapter in adapters]
         y = call_base(x)
-        for adapter, x_a, mask in dropped:
-            y = _add_few_rows(y, adapter, x_a, mask)
+        with _without_autocast(x.device):
+            for adapter, x_a, mask in dropped:
+                y = _add_few_rows(y, adapter, x_a, mask)
         return y
     shape = x.shape
     private = is_private()

@@ -89,8 +89,9 @@ class SVDLayer(Adapters):
 
         Returns:
             (..., out_features), in the dtype that the base layer returns, under autocast too.
-            Autocast to bf16 rounds an fp32 x, and its output's gradient, for the adapters' products
-            as it does for the base layer's; their sums are in fp32, and added without rounding.
+            Autocast to bf16 rounds an fp32 x of more than 32 rows, and its output's gradient, for
+            the adapters' products as it does for the base layer's; their sums are in fp32, and
+            added without rounding.
 
         Raises:
             ValueError: if x's last dimension is not in_features.

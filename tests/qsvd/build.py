@@ -95,14 +95,14 @@ def expected(
 
     `half` says whether products that lead to parameter gradients are of x's half-precision dtype:
     the skinny factor, h or P, and the result cost a roundoff each, of which the sums are free. By
-    default bf16's are, if there are more than 32 rows or autocast is on; all others are accurate to
-    fp32. Autocast to bf16 rounds fp32 x and dy, at a roundoff each; autocast to fp16 does not.
+    default bf16's are, if there are more than 32 rows; all others are accurate to fp32. Of so many
+    rows autocast to bf16 rounds fp32 x and dy, at a roundoff each; autocast to fp16 does not.
     """
     leaf = x.detach().clone().requires_grad_(True)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         y0 = layer.base_layer(leaf)
     y0.backward(dy.to(y0.dtype))
-    rounded = autocast == torch.bfloat16 and x.dtype == torch.float32
+    rounded = autocast == torch.bfloat16 and x.dtype == torch.float32 and len(x) > 32
     u = max(UNIT_ROUNDOFF[t] for t in (x.dtype, y0.dtype, *([autocast] if rounded else [])))
     u_x, u_y = UNIT_ROUNDOFF[x.dtype], UNIT_ROUNDOFF[y0.dtype]
     tiny = max(UNDERFLOW[x.dtype], UNDERFLOW[y0.dtype])
@@ -128,8 +128,7 @@ def expected(
     dx_bound += u_x * dx.abs() + tiny * (2 + Q.abs().sum(0) + P.abs().sum(1, keepdim=True))
 
     if half is None:
-        half = torch.bfloat16 in (x.dtype, y0.dtype) and (len(x) > 32 or autocast is not None)
-        half = half or rounded
+        half = rounded or (torch.bfloat16 in (x.dtype, y0.dtype) and len(x) > 32)
     v = 8 * U32 + (1.02 * (3 + 2 * given) * u if half else 0.0)
     h_abs, P_abs = X.abs() @ Q.abs().T, G.abs() @ B.abs()
     dQ, dQ_abs = P.T @ X, P_abs.T @ X.abs()
