@@ -102,6 +102,7 @@ def default_grid() -> tuple[Scenario, ...]:
         found.append(Scenario(dtype=dtype, adapters=3))
         found.append(Scenario(dtype=dtype, checkpoint=True))
     found += [Scenario(dtype="autocast", tokens=t) for t in (512, 2048)]
+    found += [Scenario(dtype="autocast", tokens=t, mode="forward") for t in (1, 16)]
     found += [Scenario(dtype="float16", tokens=16, mode=mode) for mode in get_args(Mode)]
     found.append(Scenario(out_features=11008, in_features=4096))
     return tuple(found)
