@@ -67,6 +67,20 @@ def test_under_autocast_it_returns_what_the_base_layer_returns_there(
         assert adapted(x).dtype == adapted.base_layer(x).dtype
 
 
+@torch.no_grad()
+def test_autocast_does_not_round_what_is_added_to_an_fp32_output(kind):
+    adapted = randomised(layer(kind)).eval()
+    x = torch.randn(3, 64)
+    plain = adapted(x) - adapted.base_layer(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = adapted.base_layer(x)
+        assert base.dtype == torch.float32
+        # Both updates were rounded with, and freed from, a base output: 4 roundings of their sum.
+        atol = 4 * 2.0**-24 * float(plain.abs().max() + base.abs().max())
+        torch.testing.assert_close(adapted(x) - base, plain, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 2, 3, 64), (2, 1, 2, 3, 64)])
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
