@@ -54,7 +54,7 @@ class SVDLinear4bit(SVDLayer):
         return super().adopt(base_layer)
 
     def call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
+        base: Any = self._modules["base_layer"]
         state = getattr(base.weight, "quant_state", None)
         if state is None and base.quant_state is None:
             raise RuntimeError(f"The Linear4bit base layer is not quantised: {_MOVE_IT}.")
@@ -108,10 +108,10 @@ class SVDLinear8bitLt(SVDLayer):
             )
 
     def call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
+        base: Any = self._modules["base_layer"]
         if base.weight.dtype != torch.int8:
             raise RuntimeError(f"The Linear8bitLt base layer is not quantised: {_MOVE_IT}.")
-        if x.device.type == "cpu" and not base.training:
+        if not base.training and x.is_cpu:
             if self.in_features == 1:
                 raise RuntimeError(
                     "Linear8bitLt with in_features = 1 reads uninitialised memory in eval mode on "
@@ -119,7 +119,10 @@ class SVDLinear8bitLt(SVDLayer):
                 )
             if x.dtype == torch.float16 and base.state.threshold > 0.0:
                 x = x.clone()  # quantising it zeroes its outliers in place, then puts them back
-        if x.dim() in (2, 3):
+        if 2 <= x.dim() <= 3:
+            if base.bias is None:
+                y: Tensor = base(x, *args, **kwargs)
+                return y
             return _call_keeping_bias(base, x.dtype, x, *args, **kwargs)
         # Activations are quantised by row of a matrix; 1-D and 4-D ones raise in bitsandbytes.
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -21,14 +21,26 @@ _ONES = 0x0101010101010101
 class Mask(NamedTuple):
     """Which elements of an x of n * k elements to keep, for forward and for backward.
 
-    kept: (n, k), int8, 0 or 1.
-    bits: the same, a byte for eight elements and for the rest.
+    drawn: uint8, 0 or 1; n * k of them, made up to a multiple of 8.
+    k: the width of x.
+    size: n * k.
     p: the chance of a 0.
     """
 
-    kept: Tensor
-    bits: Tensor
+    drawn: Tensor
+    k: int
+    size: int
     p: float
+
+    @property
+    def kept(self) -> Tensor:
+        """(n, k), int8, 0 or 1."""
+        return self.drawn.view(torch.int8)[: self.size].view(-1, self.k)
+
+    @property
+    def bits(self) -> Tensor:
+        """The same in uint8, a byte for eight elements and for the rest."""
+        return _packed(self.drawn)
 
 
 def drop(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Mask | None]:
@@ -54,9 +66,8 @@ def drop(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Mask | None]:
 
 def draw_mask(p: float, x: Tensor) -> Mask:
     """Which elements of x (..., k) to keep; each is dropped with chance p, 0 < p < 1."""
-    kept = _draw(-(-x.numel() // 8) * 8, p, x.device)
-    rows = kept.view(torch.int8)[: x.numel()].view(-1, x.shape[-1])
-    return Mask(rows, _packed(kept), p)
+    size = x.numel()
+    return Mask(_draw(-(-size // 8) * 8, p, x.device), x.shape[-1], size, p)
 
 
 def unpacked(bits: Tensor, n: int, k: int) -> Tensor:
