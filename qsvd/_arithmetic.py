@@ -134,7 +134,7 @@ def _begin(
     live = _live_ranks(E)
     kept, bits = (None, None) if mask is None else (mask.kept, mask.bits)
     as_bf16 = _rounds_to_bf16(x)
-    with _without_autocast(x.device):
+    with _without_autocast(x):
         passed, token, h = apply(_Project, rows, A, E, c, kept, bits, live, as_bf16, in_place)
     if torch.is_grad_enabled() and x.requires_grad:
         x = passed if x.dim() == 2 else passed.reshape(x.shape)
@@ -144,7 +144,7 @@ def _begin(
 def _finish(base: Tensor, pending: _Pending, in_place: bool) -> Tensor:
     """`base` (..., out) plus the update, (n, out): new, or `base` if that may be written."""
     x, A, E, B, c, h, token, bits, live, as_bf16 = pending
-    with _without_autocast(base.device):
+    with _without_autocast(base):
         rows = _rows(base)
         # A view of what a function returned is not to be written within another.
         in_place = in_place and not rows._is_view()
@@ -211,7 +211,7 @@ class _Project(torch.autograd.Function):
         live = None if again else ctx.live
         kept = None if bits is None else unpacked(bits, P.shape[0], A.shape[1])
         dA = dE = None
-        with _without_autocast(P.device):
+        with _without_autocast(P):
             Ec = E * c  # rank, 1
             if needs_A or needs_E:
                 # rank, in; of all ranks, for dE is not zero
@@ -270,7 +270,7 @@ class _Update(torch.autograd.Function):
         again = torch.is_grad_enabled()
         live = None if again else ctx.live
         P = dB = None
-        with _without_autocast(dy.device):
+        with _without_autocast(dy):
             G = _as_multiplied(dy, ctx.as_bf16)  # n, out
             if needs_token:
                 P = shrink(G, B.T)  # n, rank
@@ -320,7 +320,7 @@ def _few_rows_adapted(
         x_a, mask = drop(adapter.dropout, x)
         dropped.append((adapter, _factor(adapter, mask), x_a, mask))
     trains = torch.is_grad_enabled()
-    autocast = _without_autocast(x.device) if _in_autocast(x.device) else None
+    autocast = _without_autocast(x) if _in_autocast(x) else None
     y = call_base(x)
     if autocast is None:
         return _few_rows_added(y, dropped, trains)
@@ -332,21 +332,24 @@ def _few_rows_added(
     base: Tensor, dropped: list[tuple[Adapter, Tensor | float, Tensor, Mask | None]], trains: bool
 ) -> Tensor:
     """`base` (..., out) plus the updates: summed in the parameters' dtype, and then rounded once."""
-    y = _rows(base)
+    y, one = base, base.numel() == base.shape[-1]
     for (_, A, E, B, *_), c, x, mask in dropped:
         if isinstance(c, Tensor):
             E, c = E * c, 1.0
-        x = _rows(x)
         x = x if x.dtype == A.dtype else x.to(A.dtype)
         if mask is not None:
-            x = x * mask.kept
-        h = linear(x, A)
-        h = h * E.T if trains else h.mul_(E.T)
+            x = x * mask.kept.view(x.shape)
+        h, E = linear(x, A), E.flatten()
+        h = h * E if trains else h.mul_(E)
         y = y if y.dtype == B.dtype else y.to(B.dtype)
-        # On two threads that takes a third of `linear`'s time, which adds nothing.
-        y = torch.addmm(y, h, B.T, alpha=c)
+        # On two threads one operation takes a third of the two's time; for one row its views are more.
+        y = (
+            torch.add(y, linear(h, B), alpha=c)
+            if one
+            else torch.addmm(_rows(y), _rows(h), B.T, alpha=c)
+        )
     y = y if y.dtype == base.dtype else y.to(base.dtype)
-    return y if base.dim() == 2 else y.reshape(base.shape)
+    return y if y.dim() == base.dim() else y.reshape(base.shape)
 
 
 def _apart(c: Tensor | float) -> tuple[float | None, Tensor | None]:
@@ -384,9 +387,9 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def _without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """Dtypes are chosen product by product here; autocast would round every factor to half."""
-    return torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext()
+    return torch.autocast(_device_type(t), enabled=False) if _in_autocast(t) else nullcontext()
 
 
 def _rounds_to_bf16(x: Tensor) -> bool:
@@ -394,10 +397,16 @@ def _rounds_to_bf16(x: Tensor) -> bool:
 
     Not asked to round to fp16, whose range x and dy may leave.
     """
-    if x.dtype != torch.float32 or not _in_autocast(x.device):
+    if x.dtype != torch.float32 or not _in_autocast(x):
         return False
-    return torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+    return torch.get_autocast_dtype(_device_type(x)) == torch.bfloat16
 
 
-def _in_autocast(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+def _in_autocast(t: Tensor) -> bool:
+    kind = _device_type(t)
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _device_type(t: Tensor) -> str:
+    # A device makes a new string at every question: as much as an operation of few rows takes.
+    return "cpu" if t.is_cpu else t.device.type
