@@ -111,21 +111,24 @@ def adapted(
     private = is_private()
     if private:
         x = _rows(x)
+    own_dtypes, as_bf16 = _without_autocast(x), _rounds_to_bf16(x)
     pending = []
     for adapter in adapters:
         x_a, mask = drop(adapter.dropout, x)
-        passed, update = _begin(x_a, adapter, mask, private)
+        with own_dtypes:
+            passed, update = _begin(x_a, adapter, mask, as_bf16, private)
         x = passed if x_a is x else x
         pending.append(update)
     y = call_base(x)
-    for update in pending:
-        y = _finish(y, update, private)
+    with own_dtypes:
+        for update in pending:
+            y = _finish(y, update, private)
     # Reshaped out here: autograd forbids writing in place into a view that a Function returns.
     return y if y.dim() == len(shape) else y.reshape(*shape[:-1], y.shape[-1])
 
 
 def _begin(
-    x: Tensor, adapter: Adapter, mask: Mask | None, in_place: bool
+    x: Tensor, adapter: Adapter, mask: Mask | None, as_bf16: bool, in_place: bool
 ) -> tuple[Tensor, _Pending]:
     """What to call the base layer with, x's values, and what is to be finished."""
     _, A, E, B, *_ = adapter
@@ -133,9 +136,7 @@ def _begin(
     rows = _rows(x)
     live = _live_ranks(E)
     kept, bits = (None, None) if mask is None else (mask.kept, mask.bits)
-    as_bf16 = _rounds_to_bf16(x)
-    with _without_autocast(x):
-        passed, token, h = apply(_Project, rows, A, E, c, kept, bits, live, as_bf16, in_place)
+    passed, token, h = apply(_Project, rows, A, E, c, kept, bits, live, as_bf16, in_place)
     if torch.is_grad_enabled() and x.requires_grad:
         x = passed if x.dim() == 2 else passed.reshape(x.shape)
     return x, _Pending(rows, A, E, B, c, h, token, bits, live, as_bf16)
@@ -144,12 +145,11 @@ def _begin(
 def _finish(base: Tensor, pending: _Pending, in_place: bool) -> Tensor:
     """`base` (..., out) plus the update, (n, out): new, or `base` if that may be written."""
     x, A, E, B, c, h, token, bits, live, as_bf16 = pending
-    with _without_autocast(base):
-        rows = _rows(base)
-        # A view of what a function returned is not to be written within another.
-        in_place = in_place and not rows._is_view()
-        y: Tensor = apply(_Update, rows, token, h, B, x, A, E, c, bits, live, as_bf16, in_place)
-        return y
+    rows = _rows(base)
+    # A view of what a function returned is not to be written within another.
+    in_place = in_place and not rows._is_view()
+    y: Tensor = apply(_Update, rows, token, h, B, x, A, E, c, bits, live, as_bf16, in_place)
+    return y
 
 
 def _factor(adapter: Adapter, mask: Mask | None) -> Tensor | float:

@@ -25,8 +25,11 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**18
 # A half-precision product takes 20 us to begin with, an autograd function 100.
 _FEW_ROWS = 32
-# Up to these, oneDNN's bf16 product is faster with the skinny factor as the left one.
+# Up to these ranks a CPU is faster with the skinny factor as the left one: oneDNN in bf16, MKL in fp32.
 _FEW_RANKS = 24
+_FEWER_RANKS = 12
+# With fewer, MKL is no faster that way.
+_MANY_ELEMENTS = 2**16
 HALF = (torch.bfloat16, torch.float16)
 _HAS_OUT_DTYPE = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
@@ -44,7 +47,7 @@ def shrink(data: Tensor, S: Tensor, kept: Tensor | None = None) -> Tensor:
     """
     if _is_in_blocks(data, S, kept):
         S = S.float()
-        return torch.cat([block @ S.T for _, block in _blocks(data, kept)])
+        return torch.cat([_shrink_wide(block, S) for _, block in _blocks(data, kept)])
     data = data if kept is None else data * kept
     if data.dtype == torch.float16:
         return _scaled_product(S, data.T).T
@@ -55,7 +58,23 @@ def shrink(data: Tensor, S: Tensor, kept: Tensor | None = None) -> Tensor:
         # Transposed, it is also what `gather` reads.
         return (S @ data.T).T if len(S) <= _FEW_RANKS else data @ S.T
     wide = torch.promote_types(S.dtype, data.dtype)
-    return data.to(wide) @ S.to(wide).T
+    return _shrink_wide(data.to(wide), S.to(wide))
+
+
+def _shrink_wide(data: Tensor, S: Tensor) -> Tensor:
+    """`data @ S.T` of one dtype, (n, k) by (r, k) to (n, r)."""
+    if torch.compiler.is_compiling() or not data.is_cpu or len(S) > _FEWER_RANKS:
+        return data @ S.T
+    if data.numel() < _MANY_ELEMENTS:
+        return data @ S.T
+    # From the left MKL does not share the rows among its threads, but a batch it does.
+    n, k = data.shape
+    whole = n // 4 * 4
+    product = torch.bmm(S.expand(4, -1, -1), data[:whole].view(4, n // 4, k).mT)
+    product = product.transpose(0, 1).flatten(1)
+    if whole < n:
+        product = torch.cat([product, S @ data[whole:].T], dim=1)
+    return product.T  # the transpose of which is what `gather` reads
 
 
 def gather(P: Tensor, data: Tensor, kept: Tensor | None = None) -> Tensor:
