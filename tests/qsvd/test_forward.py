@@ -189,12 +189,36 @@ def test_two_adapters_add_up_and_both_see_x_as_it_was_given(kind):
     base = adapted.base_layer(x).double()
     adapted.set_adapter(["default", "other"])
 
-    # Between the two additions the sum is rounded once more, to bf16.
+    # Between the two additions the sum may be rounded once more, to bf16.
     bound = one.y_bound + two.y_bound + 2.0**-8 * one.y.abs()
     assert_within(adapted(x), one.y + two.y - base, bound)
     bound = one.y_bound + two.y_bound + 2.0**-8 * two.y.abs()
     adapted.set_adapter(["other", "default"])
     assert_within(adapted(x), one.y + two.y - base, bound)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_sum_of_few_rows_is_in_fp32_and_rounded_once(kind, shape, training):
+    adapted = layer(kind, r=3, lora_alpha=3)
+    adapted.update_layer("other", 5, lora_alpha=7)
+    randomised(adapted).set_adapter(["default", "other"])
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    want = adapted.base_layer(x).detach().double()
+    size = want.abs()
+    for name in ("default", "other"):
+        A, E, B = (
+            p[name].detach().double() for p in (adapted.lora_A, adapted.lora_E, adapted.lora_B)
+        )
+        c = adapted.scaling[name] / (adapted.r[name] + 1e-5)
+        want = want + c * x.double() @ (A * E).T @ B.T
+        size = size + c * x.double().abs() @ (A * E).abs().T @ B.abs().T
+
+    with torch.set_grad_enabled(training):
+        found = adapted(x)
+    # 64 and 5 terms, two sums and 7 roundoffs of factors in fp32.
+    bound = 2.0**-8 * want.abs() + 1.02 * (64 + 5 + 2 + 7) * 2.0**-24 * size
+    assert_within(found, want, bound)
 
 
 @pytest.mark.parametrize("shape", [(63,), (3, 65), ()])

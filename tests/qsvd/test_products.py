@@ -73,6 +73,23 @@ def test_products_are_those_of_fp64_on_a_cpu(small_blocks, dtype, rows):
         assert_within(found, want, bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [1, 12, 13])
+@pytest.mark.parametrize("rows", [0, 3, 36, 38])
+def test_a_product_in_four_parts_is_the_whole_one(monkeypatch, dtype, ranks, rows):
+    """
+    Rows that do not divide by four, and operands that are views.
+    """
+    monkeypatch.setattr(products, "_MANY_ELEMENTS", 0)
+    data = torch.randn(rows, 24, dtype=dtype)[:, ::2]
+    S = torch.randn(12, ranks, dtype=dtype).T
+    want, size = data.double() @ S.T.double(), data.double().abs() @ S.T.double().abs()
+    found = products.shrink(data, S)
+
+    assert found.dtype == dtype
+    assert_within(found, want, 14 * torch.finfo(dtype).eps / 2 * size)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rows", [0, 1, 37])
 def test_on_cuda_the_layer_is_within_the_same_bounds(cuda_way, dtype, rows):
