@@ -319,17 +319,14 @@ def _few_rows_adapted(
     for adapter in adapters:
         x_a, mask = drop(adapter.dropout, x)
         dropped.append((adapter, _factor(adapter, mask), x_a, mask))
-    trains = torch.is_grad_enabled()
-    autocast = _without_autocast(x) if _in_autocast(x) else None
+    own_dtypes = _without_autocast(x)
     y = call_base(x)
-    if autocast is None:
-        return _few_rows_added(y, dropped, trains)
-    with autocast:
-        return _few_rows_added(y, dropped, trains)
+    with own_dtypes:
+        return _few_rows_added(y, dropped)
 
 
 def _few_rows_added(
-    base: Tensor, dropped: list[tuple[Adapter, Tensor | float, Tensor, Mask | None]], trains: bool
+    base: Tensor, dropped: list[tuple[Adapter, Tensor | float, Tensor, Mask | None]]
 ) -> Tensor:
     """`base` (..., out) plus the updates: summed in the parameters' dtype, and then rounded once."""
     y, one = base, base.numel() == base.shape[-1]
@@ -340,7 +337,7 @@ def _few_rows_added(
         if mask is not None:
             x = x * mask.kept.view(x.shape)
         h, E = linear(x, A), E.flatten()
-        h = h * E if trains else h.mul_(E)
+        h = h * E if torch.is_grad_enabled() else h.mul_(E)
         y = y if y.dtype == B.dtype else y.to(B.dtype)
         # On two threads one operation takes a third of the two's time; for one row its views are more.
         y = (

@@ -119,10 +119,7 @@ class SVDLinear8bitLt(SVDLayer):
                 )
             if x.dtype == torch.float16 and base.state.threshold > 0.0:
                 x = x.clone()  # quantising it zeroes its outliers in place, then puts them back
-        if 2 <= x.dim() <= 3:
-            if base.bias is None:
-                y: Tensor = base(x, *args, **kwargs)
-                return y
+        if x.dim() in (2, 3):
             return _call_keeping_bias(base, x.dtype, x, *args, **kwargs)
         # Activations are quantised by row of a matrix; 1-D and 4-D ones raise in bitsandbytes.
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])

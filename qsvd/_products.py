@@ -25,10 +25,10 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**18
 # A half-precision product takes 20 us to begin with, an autograd function 100.
 _FEW_ROWS = 32
-# Up to these ranks a CPU is faster with the skinny factor as the left one: oneDNN in bf16, MKL in fp32.
+# Up to these ranks a CPU is faster with the skinny factor as the left one: oneDNN in bf16; MKL in fp32,
+# where the data has so many elements.
 _FEW_RANKS = 24
 _FEWER_RANKS = 12
-# With fewer, MKL is no faster that way.
 _MANY_ELEMENTS = 2**16
 HALF = (torch.bfloat16, torch.float16)
 _HAS_OUT_DTYPE = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
@@ -63,7 +63,7 @@ def shrink(data: Tensor, S: Tensor, kept: Tensor | None = None) -> Tensor:
 
 def _shrink_wide(data: Tensor, S: Tensor) -> Tensor:
     """`data @ S.T` of one dtype, (n, k) by (r, k) to (n, r)."""
-    if torch.compiler.is_compiling() or not data.is_cpu or len(S) > _FEWER_RANKS:
+    if torch.compiler.is_compiling() or _on_cuda(data) or len(S) > _FEWER_RANKS:
         return data @ S.T
     if data.numel() < _MANY_ELEMENTS:
         return data @ S.T
