@@ -52,7 +52,7 @@ def shrink(data: Tensor, S: Tensor, kept: Tensor | None = None) -> Tensor:
     if data.dtype == torch.float16:
         return _scaled_product(S, data.T).T
     if data.dtype == torch.bfloat16:
-        S = S.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        S = S.to(torch.bfloat16)
         if _gives_fp32(data):
             return _mm_half_into_fp32(data, S.T)
         # Transposed, it is also what `gather` reads.
@@ -118,8 +118,7 @@ def expand(
             return _expanded_by_blocks(P, R, onto, in_place)
         P, R = _fitted_to_fp16(P, R)
     else:
-        P = P.to(dtype)
-        R = R.to(dtype, memory_format=torch.contiguous_format)
+        P, R = P.to(dtype), R.to(dtype)
     if onto is None:
         return P @ R
     return onto.addmm_(P, R) if in_place else torch.addmm(onto, P, R)
