@@ -65,6 +65,23 @@ def ranks() -> Alternatives:
     return found
 
 
+def parts() -> Alternatives:
+    """dy @ B in fp32: B on the right, on the left, and on the left of a batch of four parts of dy."""
+    dy = torch.randn(N, D)
+    found: dict[str, Callable[[], object]] = {}
+    for r in (4, 8, 12, 16):
+        B = torch.randn(D, r)
+
+        def in_parts(r: int = r, B: Tensor = B) -> Tensor:
+            with mock.patch.object(_products, "_FEWER_RANKS", r):
+                return _products.shrink(dy, B.T)
+
+        found[f"{r}, right"] = lambda B=B: dy @ B
+        found[f"{r}, left"] = lambda B=B: (B.T @ dy.T).T
+        found[f"{r}, parts"] = in_parts
+    return found
+
+
 def rounding() -> Alternatives:
     """Both products of fp32 dy, for P and for dB, as it is or rounded to bf16 before."""
     dy, B, h = torch.randn(N, D), torch.randn(D, R), torch.randn(N, R)
@@ -305,6 +322,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Alternatives]] = {
     "orientation_fp32": lambda: orientation(torch.float32),
     "orientation_bf16": lambda: orientation(torch.bfloat16),
     "ranks": ranks,
+    "parts": parts,
     "rounding": rounding,
     "adding_fp32": lambda: adding(torch.float32),
     "adding_bf16": lambda: adding(torch.bfloat16),

@@ -40,7 +40,10 @@ class Compiled:
         self.adapted = adapted
 
     def __call__(self, rows: int, dtype: torch.dtype = torch.float32) -> None:
-        """A forward and a backward; values and gradients have the bits of the layer as it is."""
+        """A forward and a backward; values and gradients have the bits of the layer as it is.
+
+        So they have with fewer elements than `_products._MANY_ELEMENTS`.
+        """
         x, dy = torch.randn(rows, 64).to(dtype), torch.randn(rows, 32).to(dtype)
         self.adapted.zero_grad()
         dx, want = gradients(self.adapted, x, dy)
@@ -52,6 +55,19 @@ class Compiled:
         assert torch.equal(leaf.grad, dx)
         for p in PARAMETERS:
             assert torch.equal(getattr(self.adapted, p)["default"].grad, want[p])
+
+    def within_bounds(self, rows: int) -> None:
+        """A forward and a backward; values and gradients are right."""
+        x, dy = torch.randn(rows, 64), torch.randn(rows, 32)
+        want = expected(self.adapted, x, dy)
+        self.adapted.zero_grad()
+        leaf = x.clone().requires_grad_(True)
+        y = self.layer(leaf)
+        y.backward(dy)
+        assert_within(y, want.y, want.y_bound)
+        assert_within(leaf.grad, want.dx, want.dx_bound)
+        for p in PARAMETERS:
+            assert_within(getattr(self.adapted, p)["default"].grad, *want.gradients[p])
 
     @property
     def times(self) -> int:
@@ -110,6 +126,16 @@ def test_other_numbers_of_rows_are_no_compilation(kind, dtype):
     assert compiled.times == first
 
 
+def test_other_numbers_of_rows_are_no_compilation_where_they_are_many(monkeypatch):
+    monkeypatch.setattr("qsvd._products._MANY_ELEMENTS", 0)
+    compiled = Compiled(randomised(layer("4bit")), dynamic=True)
+    # In bounds, not in bits: not compiled, the layer multiplies a quarter of the rows at a time.
+    for rows in (40, 41, 42, 43):
+        compiled.within_bounds(rows)
+
+    assert compiled.times == 1
+
+
 def test_another_mask_is_no_compilation():
     adapted = randomised(layer("4bit", r=12))
     compiled = Compiled(adapted)
@@ -117,16 +143,7 @@ def test_another_mask_is_no_compilation():
         with torch.no_grad():
             adapted.lora_E["default"].zero_()[list(live)] = 1.0
         # In bounds, not in bits: not compiled, the layer leaves masked ranks out.
-        x, dy = torch.randn(40, 64), torch.randn(40, 32)
-        want = expected(adapted, x, dy)
-        adapted.zero_grad()
-        leaf = x.clone().requires_grad_(True)
-        y = compiled.layer(leaf)
-        y.backward(dy)
-        assert_within(y, want.y, want.y_bound)
-        assert_within(leaf.grad, want.dx, want.dx_bound)
-        for p in PARAMETERS:
-            assert_within(getattr(adapted, p)["default"].grad, *want.gradients[p])
+        compiled.within_bounds(40)
 
     assert compiled.times == 1
 
