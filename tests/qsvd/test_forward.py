@@ -221,6 +221,19 @@ def test_the_sum_of_few_rows_is_in_fp32_and_rounded_once(kind, shape, training):
     assert_within(found, want, bound)
 
 
+@pytest.mark.parametrize("args", [(), (2.0,)])
+@pytest.mark.parametrize("kwargs", [{}, {"shift": 3.0}])
+def test_further_arguments_reach_the_base_layer(kind, args, kwargs):
+    adapted = layer(kind)  # that changes nothing
+    x = torch.randn(3, 64)
+    base, y = adapted.base_layer, adapted(x)
+    forward = base.forward
+    base.forward = lambda x, times=1.0, *, shift=0.0: times * forward(x) + shift
+
+    want = (args or (1.0,))[0] * y + kwargs.get("shift", 0.0)
+    assert torch.equal(adapted(x, *args, **kwargs), want)
+
+
 @pytest.mark.parametrize("shape", [(63,), (3, 65), ()])
 def test_an_input_of_the_wrong_width_is_refused_before_the_base_layer_runs(kind, shape):
     adapted = layer(kind)
