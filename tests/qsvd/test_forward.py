@@ -76,7 +76,9 @@ def test_autocast_does_not_round_what_is_added_to_an_fp32_output(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         base = adapted.base_layer(x)
         assert base.dtype == torch.float32
-        # Both updates were rounded with, and freed from, a base output: 4 roundings of their sum.
+        # The update is the same fp32 number in both. Each time it is rounded once with a base output
+        # added, to half an ulp of what is at most the two largest together, and once when that is
+        # taken off again, to half an ulp of the update: 4 roundings of 2^-24, and no bf16's 2^-8.
         atol = 4 * 2.0**-24 * float(plain.abs().max() + base.abs().max())
         torch.testing.assert_close(adapted(x) - base, plain, rtol=0, atol=atol)
 
